@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := smollm2-135m-instruct
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help env serve test lint clean
+
+help:
+	@echo "make serve   install into $(VENV) and serve $(MODEL) on 127.0.0.1:8000"
+	@echo "make test    install into $(VENV), lint, type-check and run every test"
+	@echo "make lint    the checks of make test without the tests"
+	@echo "make clean   remove $(VENV) and caches (models in the user cache stay)"
+	@echo
+	@echo "ARGS='...' goes to 'trimtab serve' or 'pytest'; PYTHON=... names the Python (3.11+)"
+
+env:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "trimtab: no '$(PYTHON)' here: install Python 3.11+, or say make PYTHON=/path"; exit 1; }
+	@$(PYTHON) deploy/cpu/install.py $(VENV) --extras cpu,test,dev
+
+serve: env
+	$(BIN)/trimtab models prepare $(MODEL)
+	$(BIN)/trimtab serve --host 127.0.0.1 --port 8000 $(ARGS)
+
+lint: env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
+	  .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

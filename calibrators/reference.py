@@ -1,0 +1,100 @@
+"""Dense attention with full probability rows: the specification in code.
+
+Slow and obvious on purpose, and the oracle of every fast path. Runs in float32 or float64.
+Shapes: `query` `[rows, query_heads, head_dim]`, `key` and `value` `[keys, kv_heads, head_dim]`,
+`positions` int `[rows]`, the absolute position of each row; key `j` has position `j`.
+Probabilities are `[rows, query_heads, keys]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How logits are formed from queries and keys.
+
+    Attributes:
+        scale: factor on `q . k`.
+        soft_cap: logits become `soft_cap * tanh(logit / soft_cap)`; 0 for none.
+        window: a row at `i` sees keys `j > i - window`; None for all.
+        alibi_slopes: `[query_heads]`; adds `slope * (j - i)` to the logits.
+        sinks: `[query_heads]`; a learned logit that takes probability and has no value.
+    """
+
+    scale: float
+    soft_cap: float = 0.0
+    window: int | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+def logits(query: Tensor, key: Tensor, positions: Tensor, geometry: Geometry) -> Tensor:
+    """Scaled logits `s_ij`, minus infinity where row `i` does not see key `j`."""
+    group = query.shape[1] // key.shape[1]
+    repeated = key.repeat_interleave(group, dim=1)
+    score = torch.einsum("rhd,khd->rhk", query, repeated) * geometry.scale
+    if geometry.soft_cap:
+        score = geometry.soft_cap * torch.tanh(score / geometry.soft_cap)
+    distance = torch.arange(key.shape[0]) - positions[:, None]
+    if geometry.alibi_slopes is not None:
+        score = score + geometry.alibi_slopes[:, None].to(score) * distance[:, None, :]
+    hidden = distance > 0
+    if geometry.window is not None:
+        hidden |= distance <= -geometry.window
+    return score.masked_fill(hidden[:, None, :], float("-inf"))
+
+
+def log_sum_exp(score: Tensor, geometry: Geometry) -> Tensor:
+    """`L_i = logsumexp_j s_ij`, learned sinks included; `[rows, query_heads]`."""
+    total = score.logsumexp(-1)
+    if geometry.sinks is None:
+        return total
+    return torch.logaddexp(total, geometry.sinks.to(total))
+
+
+def probabilities(query: Tensor, key: Tensor, positions: Tensor, geometry: Geometry) -> Tensor:
+    """`p_ij = exp(s_ij - L_i)`."""
+    score = logits(query, key, positions, geometry)
+    return torch.exp(score - log_sum_exp(score, geometry)[..., None])
+
+
+def attend(probability: Tensor, value: Tensor) -> Tensor:
+    """`O_i = sum_j p_ij v_j`; `[rows, query_heads, head_dim]`."""
+    group = probability.shape[1] // value.shape[1]
+    return torch.einsum("rhk,khd->rhd", probability, value.repeat_interleave(group, dim=1))
+
+
+def zerotuning(probability: Tensor, gamma: Tensor) -> Tensor:
+    """ZeroTuning on probabilities; `gamma` broadcasts to `[rows, query_heads]`."""
+    denominator = 1 + (gamma - 1) * probability[..., 0]
+    weighted = probability.clone()
+    weighted[..., 0] *= gamma
+    return weighted / denominator[..., None]
+
+
+def recombine(
+    probability: Tensor,
+    pools: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    rest: Tensor,
+) -> Tensor:
+    """The pool algebra on dense probabilities: `c_g p_j` in pool `g`, `c_rest p_j` elsewhere.
+
+    Args:
+        probability: `[rows, query_heads, keys]`.
+        pools: per pool, bool `[..., keys]` that broadcasts to `probability`; disjoint.
+        factors: per pool `c_g` `[rows, query_heads]`, or `[rows, query_heads, keys]` where the
+            pool carries weights.
+        rest: `c_rest`, `[rows, query_heads]`.
+    """
+    result = probability * rest[..., None]
+    for pool, factor in zip(pools, factors, strict=True):
+        each = factor if factor.dim() == probability.dim() else factor[..., None]
+        result = torch.where(pool, probability * each, result)
+    return result

@@ -1,0 +1,254 @@
+"""Admission: from the request's `calibration` field to calibrations bound to the model.
+
+Everything a request could get wrong is found here, before anything reaches the engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from calibrators.canonical import RECEIPT_DIGITS, canonical_json, digest
+from calibrators.interface import Bound, CalibrationError, Calibrator, ModelFacts, Prefill
+
+FIELD = "calibration"
+OFF = "none"
+# What a client's word may take up in an error message.
+_QUOTE = 80
+
+
+class Refusal(Exception):
+    """A calibration that is refused.
+
+    Args:
+        reason: label of the rejection metric, from `REASONS`.
+        param: path of the offending field, `calibration` included.
+        message: the rule, the value and what is allowed.
+        method: the calibrator concerned, where it is known.
+    """
+
+    def __init__(self, reason: str, param: str, message: str, method: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.param = param
+        self.message = message
+        self.method = method
+
+
+REASONS = (
+    "malformed",
+    "unknown_method",
+    "invalid_parameter",
+    "unsupported_model",
+    "combination",
+    "unsupported_feature",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """Calibrations that will be applied, in order.
+
+    Attributes:
+        bounds: resolved settings.
+        digest: 64 hex digits over the canonical form and the model.
+        touches_prompt_kv: cached KV is shared only between equal digests.
+        shareable: cached KV may be shared at all.
+    """
+
+    bounds: tuple[Bound, ...]
+    digest: str
+    touches_prompt_kv: bool
+    shareable: bool
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names, in order."""
+        return tuple(bound.method for bound in self.bounds)
+
+    @property
+    def short_digest(self) -> str:
+        """The digits shown to clients."""
+        return self.digest[:RECEIPT_DIGITS]
+
+    @property
+    def header(self) -> str:
+        """Value of `X-Calibration`."""
+        return f"{'+'.join(self.methods)};digest={self.short_digest}"
+
+    def cache_salt(self, key: bytes, tenant: str, user_salt: str | None) -> str | None:
+        """Salt that keeps this calibration's cached KV apart; None where the user's will do.
+
+        HMAC-SHA256 in hex: nobody without the key can choose a salt that meets it.
+        """
+        if not self.touches_prompt_kv:
+            return user_salt
+        parts = [self.digest, tenant, user_salt]
+        if not self.shareable:
+            parts.append(secrets.token_hex(16))
+        return hmac.new(key, json.dumps(parts).encode(), hashlib.sha256).hexdigest()
+
+
+class Admission:
+    """Admits or refuses the `calibration` field of requests to one served model.
+
+    Args:
+        calibrators: the methods on offer.
+        facts: of the served model.
+        model: identity of the served model, part of every digest.
+        default: `calibration` of requests that say nothing.
+        limit: calibrations per request at most.
+
+    Raises:
+        Refusal: the default itself is not admissible.
+    """
+
+    def __init__(
+        self,
+        calibrators: Mapping[str, Calibrator],
+        facts: ModelFacts,
+        model: str,
+        *,
+        default: object = None,
+        limit: int = 2,
+    ) -> None:
+        self.calibrators = calibrators
+        self.facts = facts
+        self._model = model
+        self._limit = limit
+        self._default: Admitted | None = None
+        self._default = self.admit(default)
+
+    def admit(self, field: object) -> Admitted | None:
+        """The calibrations a request asks for; None for a plain one.
+
+        Args:
+            field: the JSON value of `calibration`, None where it is absent.
+
+        Raises:
+            Refusal: it cannot be honoured.
+        """
+        if field is None:
+            return self._default
+        if field == OFF:
+            return None
+        pairs = [self._bind(entry, path) for entry, path in self._entries(field)]
+        self._check_combination([calibrator for calibrator, _ in pairs])
+        pairs.sort(key=lambda pair: not pair[0].reweights)
+        canonical = canonical_json([(b, c.revision) for c, b in pairs], self._model)
+        return Admitted(
+            tuple(bound for _, bound in pairs),
+            digest(canonical),
+            any(calibrator.touches_prompt_kv for calibrator, _ in pairs),
+            all(calibrator.causal for calibrator, _ in pairs),
+        )
+
+    def unavailable(self, calibrator: Calibrator) -> str | None:
+        """Why the served model cannot use a method at all, None where it can."""
+        if calibrator.modality == "vision" and self.facts.modality != "vision":
+            return f"{calibrator.title} needs a model that takes images; this one takes text only"
+        return None
+
+    def _entries(self, field: object) -> list[tuple[object, str]]:
+        if not isinstance(field, list):
+            return [(field, FIELD)]
+        if not 1 <= len(field) <= self._limit:
+            raise Refusal(
+                "malformed",
+                FIELD,
+                f"calibration lists {len(field)} calibrations; 1 to {self._limit} are allowed",
+            )
+        return [(entry, f"{FIELD}[{index}]") for index, entry in enumerate(field)]
+
+    def _bind(self, entry: object, path: str) -> tuple[Calibrator, Bound]:
+        name, body, where = _name_of(entry, path)
+        calibrator = self.calibrators.get(name)
+        if calibrator is None:
+            known = ", ".join(sorted(self.calibrators)) or "none"
+            raise Refusal(
+                "unknown_method",
+                where,
+                f"there is no calibrator {_quoted(name)}; this server offers: {known}",
+            )
+        reason = self.unavailable(calibrator)
+        if reason is not None:
+            raise Refusal("unsupported_model", path, reason, name)
+        try:
+            bound = calibrator.bind(calibrator.Settings.model_validate(body), self.facts)
+        except ValidationError as error:
+            raise _invalid(error.errors(include_url=False)[0], path, name) from None
+        except CalibrationError as error:
+            param = f"{path}.{error.param}" if error.param else path
+            raise Refusal("invalid_parameter", param, error.message, name) from None
+        self._check_supported(calibrator, bound, path)
+        return calibrator, bound
+
+    def _check_supported(self, calibrator: Calibrator, bound: Bound, path: str) -> None:
+        """Refuse what a third party's method asks for and this engine cannot do."""
+        if calibrator.observe(bound) or calibrator.prefill(bound) is not Prefill.ANY:
+            raise Refusal(
+                "unsupported_feature",
+                path,
+                f"{calibrator.title} needs observations or a prefill policy that this version "
+                "of the engine does not provide",
+                calibrator.name,
+            )
+
+    def _check_combination(self, calibrators: Sequence[Calibrator]) -> None:
+        for reweights in (True, False):
+            group = [c for c in calibrators if c.reweights is reweights]
+            if len(group) > 1:
+                what = "change attention weights" if reweights else "scale heads"
+                names = " and ".join(c.name for c in group)
+                raise Refusal(
+                    "combination",
+                    FIELD,
+                    f"{names} both {what}; at most one such calibrator is allowed per request",
+                    group[1].name,
+                )
+
+
+def _name_of(entry: object, path: str) -> tuple[str, Mapping[str, Any], str]:
+    if isinstance(entry, str):
+        return entry, {"method": entry}, path
+    if not isinstance(entry, dict):
+        raise Refusal(
+            "malformed",
+            path,
+            f"{path} is {_kind(entry)}; allowed are the name of a calibrator, an object with "
+            'the key "method", a list of those, or "none"',
+        )
+    name = entry.get("method")
+    if not isinstance(name, str):
+        raise Refusal(
+            "malformed", f"{path}.method", f'{path} needs the key "method", the calibrator\'s name'
+        )
+    return name, entry, f"{path}.method"
+
+
+def _invalid(error: ErrorDetails, path: str, method: str) -> Refusal:
+    location = error["loc"]
+    param = f"{path}.{_quoted(location[0], quotes=False)}" if location else path
+    if error["type"] == "extra_forbidden":
+        message = f"{method} has no parameter {_quoted(location[0])}"
+    else:
+        message = f"{param} is {_quoted(error['input'])}, which is not allowed: {error['msg']}"
+    return Refusal("invalid_parameter", param, message, method)
+
+
+def _quoted(value: object, *, quotes: bool = True) -> str:
+    text = repr(value) if quotes else str(value)
+    return text if len(text) <= _QUOTE else text[:_QUOTE] + "..."
+
+
+def _kind(value: object) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list"}
+    return names.get(type(value), "not a calibration")

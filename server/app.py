@@ -1,0 +1,101 @@
+"""Trimtab as an endpoint plug-in of vLLM's own server application.
+
+vLLM builds its application with all its routes, then hands it here: routes of the same path are
+replaced, others are added, everything else is inherited.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from vllm.platforms import current_platform
+
+from calibrators import registry
+from server import errors
+from server.admission import Admission
+from server.engine import startup
+from server.engine.facts import calibrators_of, model_facts, model_identity
+from server.engine.reports import listen, on_shutdown
+from server.front_end import FrontEnd
+from server.metrics import Metrics
+from server.middleware.drain import DrainMiddleware
+from server.routes import calibrators, generate, health
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from starlette.datastructures import State
+    from vllm.engine.protocol import EngineClient
+
+
+class TrimtabEndpoint:
+    """vLLM's `EndpointPlugin` protocol."""
+
+    name = "trimtab"
+    required_tasks: Any = ("generate",)
+
+    def __init__(self) -> None:
+        self._app: FastAPI | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Lay our routes over vLLM's."""
+        self._app = app
+        for module in (generate, calibrators, health):
+            app.include_router(module.router)
+        app.add_middleware(DrainMiddleware, draining=lambda: app.state.trimtab.draining)
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        """Check the workers and set up what the routes share; nothing listens yet.
+
+        Raises:
+            StartupRefused: calibration would not work in this configuration.
+        """
+        if engine_client is None or self._app is None:
+            raise startup.StartupRefused("Trimtab needs an engine: it cannot run render-only")
+        await startup.verify_workers(engine_client)
+        front_end = build_front_end(engine_client, Settings.from_args(args))
+        state.trimtab = front_end
+        listen(engine_client, front_end.report)
+        on_shutdown(engine_client, lambda: setattr(front_end, "draining", True))
+        handle_errors(self._app)
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Answer errors in our envelope.
+
+    vLLM registers its own handlers after the routes and builds the middleware stack at once, so
+    ours come after that and the stack is built anew.
+    """
+    handlers: dict[Any, Any] = {
+        errors.ApiError: errors.handle_api_error,
+        HTTPException: errors.handle_http_exception,
+        RequestValidationError: errors.handle_validation_error,
+    }
+    app.exception_handlers.update(handlers)
+    app.middleware_stack = app.build_middleware_stack()
+
+
+def build_front_end(engine_client: EngineClient, settings: Settings) -> FrontEnd:
+    """State of this process for one engine."""
+    config = engine_client.vllm_config
+    names = calibrators_of(config)
+    admission = Admission(
+        registry.load(names),
+        model_facts(config),
+        model_identity(config),
+        default=settings.default_calibration,
+        limit=settings.max_calibrations_per_request,
+    )
+    metrics = Metrics(names, vllm.__version__, current_platform.device_type)
+    return FrontEnd(admission, metrics, settings.salt_key.encode())
+
+
+def endpoint_plugin() -> TrimtabEndpoint:
+    """Entry point of the group `vllm.endpoint_plugins`."""
+    return TrimtabEndpoint()

@@ -1,0 +1,51 @@
+"""Descriptions of calibrators, for people and programs, from their declarations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from calibrators.interface import Calibrator
+
+
+def entry(calibrator: Calibrator) -> dict[str, Any]:
+    """A calibrator as `GET /v1/calibrators` shows it, without what depends on the model."""
+    return {
+        "id": calibrator.name,
+        "object": "calibrator",
+        "title": calibrator.title,
+        "paper": calibrator.paper,
+        "modality": calibrator.modality,
+        "causal": calibrator.causal,
+        "params_schema": calibrator.Settings.model_json_schema(),
+        "defaults": defaults(calibrator),
+    }
+
+
+def defaults(calibrator: Calibrator) -> dict[str, Any]:
+    """Default of every parameter that has one."""
+    fields = calibrator.Settings.model_fields
+    return {
+        name: field.get_default(call_default_factory=True)
+        for name, field in fields.items()
+        if name != "method" and not field.is_required()
+    }
+
+
+def table(calibrators: list[Calibrator]) -> str:
+    """Calibrators, parameters, defaults and papers as plain text."""
+    return "\n\n".join(_paragraph(calibrator) for calibrator in calibrators)
+
+
+def _paragraph(calibrator: Calibrator) -> str:
+    lines = [
+        f"{calibrator.name}  {calibrator.title}, {calibrator.modality}",
+        f"  paper: {calibrator.paper}",
+    ]
+    for name, field in calibrator.Settings.model_fields.items():
+        if name == "method":
+            continue
+        default = defaults(calibrator).get(name)
+        shown = "required" if default is None else f"default {default}"
+        description = " ".join((field.description or "").split())
+        lines.append(f"  {name:<10} {shown:<14} {description}")
+    return "\n".join(lines)

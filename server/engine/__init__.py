@@ -1,0 +1,1 @@
+"""Everything that knows vLLM's engine: plug-in, worker, scheduler, attention backends."""

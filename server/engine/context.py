@@ -1,0 +1,83 @@
+"""What a worker's metadata builders and attention layers share within a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from calibrators.interface import Prompt
+from server.engine.batch import members
+from server.engine.payload import Report
+from server.engine.requests import RequestTable
+from server.engine.step import Planner, StepPlan
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+class StepContext:
+    """One worker's calibration, from the scheduler's output to the report.
+
+    Args:
+        table: state of calibrated requests.
+        request_ids: ids by row of the batch, as the model runner orders them right now.
+    """
+
+    def __init__(self, table: RequestTable, request_ids: Callable[[], Sequence[str]]) -> None:
+        self._table = table
+        self._request_ids = request_ids
+        self._planner = Planner()
+        self._scheduled: list[str] = []
+        self._plan: StepPlan | None = None
+
+    def begin(self, scheduler_output: SchedulerOutput) -> None:
+        """Take up and forget requests as the scheduler says. Ids may be reused in one step."""
+        self._table.drop(scheduler_output.finished_req_ids)
+        for new in scheduler_output.scheduled_new_reqs:
+            params = new.sampling_params
+            self._table.add(
+                new.req_id,
+                params.extra_args if params is not None else None,
+                Prompt(length=len(new.prompt_token_ids or ())),
+                new.num_computed_tokens,
+            )
+        self._plan = None
+        self._scheduled = [
+            request_id
+            for request_id in (scheduler_output.num_scheduled_tokens if len(self._table) else ())
+            if self._table.get(request_id) is not None
+        ]
+
+    def plan(self, metadata: CommonAttentionMetadata) -> StepPlan | None:
+        """The plan of the running step; None where no calibrated request takes part.
+
+        Called once per group of attention layers; they all share one plan, since a batch's rows
+        are in the same order for each.
+        """
+        if self._plan is None and self._scheduled:
+            rows = metadata.num_reqs
+            batch = members(
+                self._table,
+                self._request_ids()[:rows],
+                metadata.query_start_loc_cpu[: rows + 1].tolist(),
+                metadata.seq_lens[:rows].tolist(),
+            )
+            self._plan = self._planner.plan(batch)
+        return self._plan
+
+    def finish(self) -> Mapping[str, Report]:
+        """End the step; reports by request id, empty where nothing was calibrated."""
+        plan, scheduled = self._plan, self._scheduled
+        self._plan, self._scheduled = None, []
+        if plan is None:
+            return {}
+        seconds: Mapping[str, float] | None = plan.finish()
+        reports = {}
+        for request_id in scheduled:
+            request = self._table.get(request_id)
+            if request is not None:
+                tallies = [program.tally for program in request.programs]
+                reports[request_id] = Report(request.ticket, tallies, seconds)
+                seconds = None
+        return reports

@@ -1,0 +1,130 @@
+"""vLLM's CPU attention backend, with calibration after the stock kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from server.engine.context import StepContext
+from server.engine.step import StepPlan
+from server.kernels.partials import AttentionGeometry, PagedCache
+
+# The cache layouts we read, by vLLM's name of the kernel's instruction set.
+READABLE_LAYOUTS = frozenset({"vec"})
+
+
+@dataclass
+class CalibratedMetadata(CPUAttentionMetadata):
+    """Metadata of a step in which calibrated requests take part."""
+
+    calibration: StepPlan = field(kw_only=True)
+
+
+class CalibratedMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Adds the step's plan; the stock metadata, untouched, where there is none."""
+
+    calibration: StepContext | None = None
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> CPUAttentionMetadata:
+        """Build as vLLM does, then attach the plan."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        plan = self.calibration.plan(common_attn_metadata) if self.calibration else None
+        if plan is None:
+            return metadata
+        return CalibratedMetadata(**vars(metadata), calibration=plan)
+
+
+class CalibratedAttention(CPUAttentionBackendImpl):
+    """Runs the stock kernel for the whole batch, then rewrites calibrated rows."""
+
+    layer_index: int | None = None
+    geometry: AttentionGeometry
+
+    def calibrate_as(self, layer_index: int) -> None:
+        """Become decoder layer `layer_index`; without this the layer is never calibrated."""
+        self.layer_index = layer_index
+        none = torch.empty(0)
+        self.geometry = AttentionGeometry(
+            scale=self.scale,
+            soft_cap=float(self.logits_soft_cap),
+            window=max(self.sliding_window, 0),
+            alibi_slopes=none if self.alibi_slopes is None else self.alibi_slopes.float(),
+            sinks=none if self.sinks is None else self.sinks.float(),
+        )
+
+    def forward(
+        self,
+        layer: Any,  # noqa: ANN401 - vLLM's AttentionLayer
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention as vLLM computes it, calibrated where the plan says so."""
+        result: Tensor = super().forward(
+            layer,
+            query,
+            key,
+            value,
+            kv_cache,
+            attn_metadata,
+            output,
+            output_scale,
+            output_block_scale,
+        )
+        if isinstance(attn_metadata, CalibratedMetadata) and self.layer_index is not None:
+            pages, kv_heads, block, width = kv_cache.shape
+            cache = PagedCache(
+                kv_cache.view(pages, kv_heads, 2, block * width // 2), attn_metadata.block_table
+            )
+            attn_metadata.calibration.apply(self.layer_index, query, output, cache, self.geometry)
+        return result
+
+
+class CalibratedBackend(CPUAttentionBackend):
+    """Registered in place of vLLM's CPU_ATTN."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        """Implementation class."""
+        return CalibratedAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
+        """Metadata builder class."""
+        return CalibratedMetadataBuilder
+
+
+def unreadable(layer: Any) -> str | None:  # noqa: ANN401 - vLLM's Attention module
+    """Why a layer cannot be calibrated, None where it can."""
+    if not isinstance(layer.impl, CalibratedAttention):
+        return f"its attention backend {type(layer.impl).__name__} is not one Trimtab extends"
+    if layer.impl.is_fp8_kv_cache:
+        return "its KV cache is FP8; serve with --kv-cache-dtype auto"
+    layout = getattr(layer, "isa", None)
+    if layout not in READABLE_LAYOUTS:
+        return (
+            f"its KV cache has the layout {layout!r}, and only "
+            f"{', '.join(sorted(READABLE_LAYOUTS))} can be read; on a CPU with AMX serve with "
+            "--dtype float32"
+        )
+    return None

@@ -1,0 +1,41 @@
+"""What calibrators may know, read from vLLM's configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from calibrators.interface import ModelFacts
+from calibrators.registry import BUILT_IN
+from server.engine.payload import KEY
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def model_facts(vllm_config: VllmConfig) -> ModelFacts:
+    """Facts of the served model, over all ranks."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    text = model.hf_text_config
+    return ModelFacts(
+        architecture=model.architecture,
+        layers=text.num_hidden_layers,
+        query_heads=model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size,
+        kv_heads=model.get_total_num_kv_heads(),
+        head_dim=model.get_head_size(),
+        hidden_size=model.get_hidden_size(),
+        max_model_len=model.max_model_len,
+        modality="vision" if model.is_multimodal_model else "text",
+    )
+
+
+def model_identity(vllm_config: VllmConfig) -> str:
+    """What distinguishes one served model from another in digests."""
+    model = vllm_config.model_config
+    return f"{model.model}@{model.revision or ''}"
+
+
+def calibrators_of(vllm_config: VllmConfig) -> tuple[str, ...]:
+    """Names of the calibrators this engine offers."""
+    config = vllm_config.additional_config
+    entry = config.get(KEY, {}) if isinstance(config, dict) else {}
+    return tuple(entry.get("calibrators", BUILT_IN))

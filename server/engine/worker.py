@@ -1,0 +1,95 @@
+"""vLLM's worker, keeping the state of calibrated requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from calibrators import registry
+from server.engine.context import StepContext
+from server.engine.cpu_attention import unreadable
+from server.engine.facts import calibrators_of, model_facts
+from server.engine.payload import Report
+from server.engine.requests import HeadShard, RequestTable
+from server.kernels import cpu as kernels
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+ATTRIBUTE = "calibration_reports"
+
+
+class CalibrationUnavailable(RuntimeError):
+    """This worker's model cannot be calibrated as it is configured."""
+
+
+class CalibratedCPUWorker(CPUWorker):
+    """CPU worker that calibrates."""
+
+    calibration: StepContext | None = None
+    _reports: Mapping[str, Report] = MappingProxyType({})
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Set up the KV cache as vLLM does, then wire calibration to builders and layers."""
+        super().initialize_from_config(kv_cache_config)
+        kernels.set_threads(torch.get_num_threads())
+        self._attach_layers()
+        self.calibration = StepContext(
+            self._request_table(), lambda: self.model_runner.input_batch.req_ids
+        )
+        for groups in self.model_runner.attn_groups:
+            for group in groups:
+                for builder in group.metadata_builders:
+                    builder.calibration = self.calibration
+
+    def calibration_status(self) -> dict[str, Any]:
+        """What this worker can do; asked of every worker before the port opens."""
+        return {"rank": self.rank, "ready": self.calibration is not None}
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:  # noqa: ANN401
+        """Run a step with its calibrated requests known to builders and layers."""
+        if self.calibration is None:
+            return super().execute_model(scheduler_output)
+        self.calibration.begin(scheduler_output)
+        output = super().execute_model(scheduler_output)
+        self._reports = self.calibration.finish()
+        return self._with_reports(output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:  # noqa: ANN401
+        """Sample, and hand the reports of the step to the scheduler."""
+        return self._with_reports(super().sample_tokens(grammar_output))
+
+    def _with_reports(self, output: Any) -> Any:  # noqa: ANN401
+        if isinstance(output, ModelRunnerOutput) and self._reports:
+            setattr(output, ATTRIBUTE, self._reports)
+            self._reports = MappingProxyType({})
+        return output
+
+    def _attach_layers(self) -> None:
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        for name, layer in layers.items():
+            if layer.attn_type != "decoder":
+                continue
+            reason = unreadable(layer)
+            if reason is not None:
+                raise CalibrationUnavailable(f"layer {name} cannot be calibrated: {reason}")
+            layer.impl.calibrate_as(extract_layer_index(name))
+
+    def _request_table(self) -> RequestTable:
+        facts = model_facts(self.vllm_config)
+        local = facts.query_heads // self.parallel_config.tensor_parallel_size
+        rank = self.rank % self.parallel_config.tensor_parallel_size
+        return RequestTable(
+            registry.load(calibrators_of(self.vllm_config)),
+            facts,
+            HeadShard(rank * local, (rank + 1) * local),
+        )

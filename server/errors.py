@@ -1,0 +1,97 @@
+"""Errors a client sees: one OpenAI-shaped envelope."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from fastapi.responses import JSONResponse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fastapi import Request
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+
+INVALID_CALIBRATION = "invalid_calibration"
+# A message repeats parts of the request; this bounds what a small request can make us send.
+MAX_MESSAGE = 1000
+
+_TYPES = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+}
+
+
+class ApiError(Exception):
+    """An error on its way to the client.
+
+    Args:
+        status: HTTP status.
+        message: one sentence for a person, without paths, addresses or tracebacks.
+        param: offending field of the request, dotted.
+        code: machine-readable reason.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: HTTPStatus,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def response(self) -> JSONResponse:
+        """The envelope."""
+        return JSONResponse(
+            envelope(self.status, self.message, self.param, self.code),
+            self.status,
+            headers=self.headers,
+        )
+
+
+def envelope(
+    status: HTTPStatus, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`."""
+    if len(message) > MAX_MESSAGE:
+        message = message[:MAX_MESSAGE] + "..."
+    fallback = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else None
+    kind = _TYPES.get(status) or fallback or "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+async def handle_api_error(_: Request, error: ApiError) -> JSONResponse:
+    """Answer an `ApiError`."""
+    return error.response()
+
+
+async def handle_http_exception(_: Request, error: HTTPException) -> JSONResponse:
+    """Answer what the framework raises: 404, 405 and the like."""
+    status = HTTPStatus(error.status_code)
+    return JSONResponse(
+        envelope(status, str(error.detail), code=status.name.lower()),
+        status,
+        headers=error.headers,
+    )
+
+
+async def handle_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+    """Answer a body that does not fit the schema, naming the first offending field."""
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    status = HTTPStatus.BAD_REQUEST
+    message = f"{param}: {first['msg']}" if param else str(first["msg"])
+    return JSONResponse(envelope(status, message, param, "invalid_request"), status)

@@ -1,0 +1,58 @@
+"""State of one API server process: what its routes share."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from server.admission import Admission, Admitted
+from server.engine.payload import Report
+from server.metrics import Metrics
+from server.receipts import Receipt, ReceiptDesk
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+
+@dataclass
+class FrontEnd:
+    """Admission, receipts and metrics of one process.
+
+    Attributes:
+        admission: of requests to the served model.
+        metrics: of this process.
+        salt_key: secret of cache salts, the same in all API servers of an engine.
+        desk: open receipts.
+        draining: set when shutdown has begun.
+    """
+
+    admission: Admission
+    metrics: Metrics
+    salt_key: bytes
+    desk: ReceiptDesk = field(default_factory=ReceiptDesk)
+    draining: bool = False
+
+    def open(self, admitted: Admitted, choices: int) -> Receipt:
+        """A receipt for a request that is about to run."""
+        receipt = Receipt(admitted, choices)
+        self.metrics.opened(receipt)
+        return receipt
+
+    def close(self, receipt: Receipt, *, answered: bool) -> None:
+        """The request is over."""
+        self.desk.close(receipt)
+        self.metrics.closed(receipt, answered=answered)
+
+    def report(self, report: Report, choice: int) -> None:
+        """A report came from the engine, `choice` counted within its prompt."""
+        self.desk.record(report, choice)
+        self.metrics.stepped(report)
+
+    def cache_salt(
+        self, admitted: Admitted, user_salt: str | None, raw_request: Request
+    ) -> str | None:
+        """Cache salt of a calibrated request; different for every API key."""
+        key = raw_request.headers.get("Authorization", "")
+        tenant = hashlib.sha256(key.encode()).hexdigest() if key else ""
+        return admitted.cache_salt(self.salt_key, tenant, user_salt)

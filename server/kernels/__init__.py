@@ -1,0 +1,1 @@
+"""Pool partials and their combination over a paged KV cache; knows tensors only."""

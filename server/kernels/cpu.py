@@ -1,0 +1,111 @@
+"""Pool partials and combine on the CPU, over vLLM's paged cache of the `vec` layout.
+
+Logits of a tile are formed block by block against keys stored column-major, so the inner loop
+runs along consecutive keys and the compiler vectorises it; no context is gathered. The
+log-sum-exp the stock kernel does not return is accumulated on the way (one read of K, none of
+V), then only pooled keys are read again.
+
+bfloat16 and float16 come in as their bit patterns (numpy has no bfloat16 and LLVM no portable
+float16 arithmetic) and are widened by shifts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from server.kernels import cpu_loops
+from server.kernels.partials import (
+    AttentionGeometry,
+    PagedCache,
+    Partials,
+    PoolMap,
+    RowMap,
+)
+
+_BITS = {torch.float32: None, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+
+def pool_partials(
+    query: Tensor,
+    cache: PagedCache,
+    rows: RowMap,
+    pools: PoolMap,
+    heads: Tensor,
+    geometry: AttentionGeometry,
+) -> Partials:
+    """Mass and value sum of each pool, for the selected heads of each row.
+
+    Args:
+        query: `[tokens, query_heads, head_dim]`, any floating dtype.
+        cache: the layer's pages.
+        rows: which rows.
+        pools: which keys.
+        heads: bool `[slots, query_heads]`, the heads to measure.
+        geometry: how logits are formed.
+    """
+    count, query_heads, head_dim = rows.token.shape[0], query.shape[1], query.shape[2]
+    scaled = query.index_select(0, rows.token).float().mul_(geometry.scale)
+    mass = torch.zeros(count, query_heads, pools.pools)
+    value = torch.zeros(count, query_heads, pools.pools, head_dim)
+    cpu_loops.partials(
+        scaled.numpy(),
+        _bits(cache.pages),
+        cache.block_table.numpy(),
+        *_row_arrays(rows),
+        pools.keys.numpy(),
+        pools.offsets.numpy(),
+        heads.numpy(),
+        np.float32(geometry.soft_cap),
+        geometry.window,
+        geometry.alibi_slopes.numpy(),
+        geometry.sinks.numpy(),
+        mass.numpy(),
+        value.numpy(),
+    )
+    return Partials(mass, value)
+
+
+def combine(
+    output: Tensor,
+    rows: RowMap,
+    heads: Tensor,
+    partials: Partials,
+    factors: Tensor,
+    rest: Tensor,
+) -> None:
+    """Rewrite rows in place: `O' = sum_g c_g U_g + c_rest (O - sum_g U_g)`, in float32.
+
+    Args:
+        output: `[tokens, query_heads, head_dim]`, the stock output.
+        rows: which rows.
+        heads: bool `[rows, query_heads]`; others keep every bit.
+        partials: pools of the same rows.
+        factors: float32 `[rows, query_heads, pools]`, `c_g`.
+        rest: float32 `[rows, query_heads]`, `c_rest`.
+    """
+    pooled = (factors - rest[..., None])[..., None].mul(partials.value).sum(2)
+    stock = output.index_select(0, rows.token)
+    changed = stock.float().mul_(rest[..., None]).add_(pooled).to(output.dtype)
+    output.index_copy_(0, rows.token, torch.where(heads[..., None], changed, stock))
+
+
+def set_threads(count: int) -> None:
+    """Use as many threads as the rest of the engine does."""
+    numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
+
+
+def _bits(tensor: Tensor) -> npt.NDArray[Any]:
+    bits = _BITS[tensor.dtype]
+    array: npt.NDArray[Any] = (tensor if bits is None else tensor.view(bits)).numpy()
+    return array
+
+
+def _row_arrays(rows: RowMap) -> tuple[npt.NDArray[np.int32], ...]:
+    fields = (rows.request, rows.slot, rows.position, rows.tiles)
+    return tuple(field.numpy() for field in fields)

@@ -1,0 +1,1 @@
+"""HTTP routes, laid over vLLM's own."""

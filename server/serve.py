@@ -1,0 +1,129 @@
+"""`trimtab serve`: vLLM's serve command with calibration switched on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from calibrators import registry
+from server import __version__, models
+from server.engine import startup
+from server.engine.payload import KEY
+from server.settings import Settings, add_flags, share_salt_key
+
+SHUTDOWN_SECONDS = 45
+# The embedded models are small; without a figure vLLM would take nearly all memory for keys
+# and values.
+EMBEDDED_KV_CACHE_BYTES = 2 << 30
+
+
+def serve(argv: Sequence[str], report: Callable[[str], None]) -> None:
+    """Parse, check and run until the server ends.
+
+    Raises:
+        StartupRefused: the configuration cannot be calibrated.
+        RegistryError: a calibrator cannot be offered.
+        ModelError: an embedded model cannot be prepared.
+    """
+    cli_env_setup()
+    args = parse(with_model(argv))
+    settings = Settings.from_args(args)
+    registry.load(settings.calibrators)
+    startup.check_version(allow_untested=settings.allow_untested_vllm)
+    resolve_model(args, report)
+    switch_on(args, settings)
+    command = ServeSubcommand()
+    command.validate(args)
+    configure_logging_from_args(args)
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    startup.check_config(engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER))
+    command.cmd(args)
+
+
+def with_model(argv: Sequence[str]) -> list[str]:
+    """The arguments, with the default model named where none is."""
+    named = bool(argv) and not argv[0].startswith("-")
+    flags = ("--model", "--config", "--help", "-h")
+    if named or any(arg.split("=")[0] in flags for arg in argv):
+        return [*argv]
+    return [models.DEFAULT_MODEL, *argv]
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """Arguments of `vllm serve`, ours beside them, with Trimtab's defaults."""
+    parser = FlexibleArgumentParser(prog="trimtab")
+    commands = parser.add_subparsers(dest="subparser", required=True)
+    serve_parser = ServeSubcommand().subparser_init(commands)
+    serve_parser.usage = "trimtab serve [MODEL] [options]"
+    add_flags(serve_parser)
+    serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_SECONDS)
+    if current_platform.is_cpu():
+        # Compiling takes a minute and gains a tenth; see docs/decisions.md.
+        serve_parser.set_defaults(enforce_eager=True)
+    args: Namespace = parser.parse_args(["serve", *argv])
+    return args
+
+
+def resolve_model(args: Namespace, report: Callable[[str], None]) -> None:
+    """Turn the name of an embedded model into its folder, and serve it under its name."""
+    name = args.model_tag or args.model
+    if name not in models.EMBEDDED:
+        return
+    args.model_tag = args.model = str(models.prepare(name, report=report))
+    args.served_model_name = args.served_model_name or [name]
+    if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        args.kv_cache_memory_bytes = EMBEDDED_KV_CACHE_BYTES
+
+
+def switch_on(args: Namespace, settings: Settings) -> None:
+    """Have vLLM load our worker, scheduler and routes.
+
+    The entry in `additional_config` tells workers which calibrators are on offer, and makes
+    vLLM's compile cache depend on our version.
+    """
+    if args.worker_cls == "auto":
+        args.worker_cls = startup.WORKER
+    if args.scheduler_cls is None:
+        args.scheduler_cls = startup.SCHEDULER
+    args.additional_config = {
+        **(args.additional_config or {}),
+        KEY: {"version": __version__, "calibrators": list(settings.calibrators)},
+    }
+    plugins = os.environ.get("VLLM_PLUGINS")
+    # Endpoint plug-ins load only when named. Naming ours must not shut out general plug-ins
+    # that vLLM loads when nothing is named.
+    names = plugins.split(",") if plugins is not None else _general_plugins()
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "trimtab"]))
+    share_salt_key()
+
+
+def _general_plugins() -> list[str]:
+    from importlib.metadata import entry_points
+
+    groups = [group for group in entry_points().groups if group.startswith("vllm.")]
+    return [
+        entry.name
+        for group in groups
+        if group != "vllm.endpoint_plugins"
+        for entry in entry_points(group=group)
+    ]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run, answering a refusal with one line and exit status 2."""
+    try:
+        serve(argv, lambda line: print(line, file=sys.stderr, flush=True))
+    except (startup.StartupRefused, registry.RegistryError, models.ModelError) as error:
+        print(f"trimtab: {error}", file=sys.stderr)
+        return 2
+    return 0

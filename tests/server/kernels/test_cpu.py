@@ -1,0 +1,118 @@
+"""The CPU kernels against the dense reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calibrators import reference
+from server.kernels import cpu
+from server.kernels.partials import PoolMap
+from tests.server.kernels.paging import Problem, problem
+
+SHAPES = [
+    ([1], [1]),
+    ([5], [5]),
+    ([32, 33, 64], [1, 1, 1]),
+    ([200, 7, 97], [200, 1, 30]),
+    ([300] * 8, [1] * 8),
+]
+GEOMETRIES = [
+    {},
+    {"soft_cap": 5.0},
+    {"window": 20},
+    {"alibi": True},
+    {"sinks": True},
+    {"soft_cap": 3.0, "window": 33, "sinks": True},
+]
+
+
+def key_zero(slots: int) -> PoolMap:
+    """One pool, key 0, for each slot."""
+    offsets = torch.arange(slots, dtype=torch.int32)[:, None] + torch.tensor([0, 1])
+    return PoolMap(torch.zeros(slots, dtype=torch.int32), offsets.int())
+
+
+def expected(case: Problem, dtype: torch.dtype, gamma: float) -> tuple[torch.Tensor, ...]:
+    """Stock output, calibrated output and mass of key 0, all dense."""
+    stock, calibrated, mass = [], [], []
+    for request, value in enumerate(case.values):
+        p, _ = case.dense(request, dtype)
+        stock.append(reference.attend(p, value.to(dtype)))
+        changed = reference.zerotuning(p, torch.tensor(gamma, dtype=dtype))
+        calibrated.append(reference.attend(changed, value.to(dtype)))
+        mass.append(p[..., 0])
+    return torch.cat(stock), torch.cat(calibrated), torch.cat(mass)
+
+
+@pytest.mark.parametrize(("lengths", "spans"), SHAPES)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_zerotuning_matches_the_dense_equation(lengths, spans, geometry, dtype):
+    case = problem(lengths, spans, dtype=dtype, **geometry)
+    heads = torch.ones(len(lengths), 6, dtype=torch.bool)
+    partials = cpu.pool_partials(
+        case.query, case.cache, case.rows, key_zero(len(lengths)), heads, case.geometry
+    )
+    stock, truth, mass = expected(case, torch.float64, 0.3)
+    torch.testing.assert_close(partials.mass[..., 0].double(), mass, atol=2e-6, rtol=2e-5)
+
+    rest = 1 / (1 + (0.3 - 1) * partials.mass[..., 0])
+    output = stock.to(dtype)
+    cpu.combine(output, case.rows, heads[case.rows.slot], partials, 0.3 * rest[..., None], rest)
+    # Independent low-precision run: the same equation on the rounded stock output.
+    rounding = torch.finfo(dtype).eps * truth.abs().max().item()
+    budget = 2 * ((stock.to(dtype).double() - stock).abs().max().item() + rounding)
+    assert torch.isfinite(output).all()
+    assert (output.double() - truth).abs().max().item() <= 2 * budget + 1e-6
+
+
+def test_unselected_heads_keep_every_bit():
+    case = problem([40, 50], [40, 1], dtype=torch.bfloat16)
+    heads = torch.zeros(2, 6, dtype=torch.bool)
+    heads[0, 4] = True
+    partials = cpu.pool_partials(
+        case.query, case.cache, case.rows, key_zero(2), heads, case.geometry
+    )
+    assert partials.mass[:, [0, 1, 2, 3, 5]].count_nonzero() == 0
+    output = torch.randn(41, 6, 32).to(torch.bfloat16)
+    before = output.clone()
+    rest = torch.full((41, 6), 0.5)
+    cpu.combine(output, case.rows, heads[case.rows.slot], partials, rest[..., None] * 2, rest)
+    changed = (output != before).any(-1)
+    assert changed[:40, 4].all()
+    assert not changed[40:].any()
+    assert not changed[:, [0, 1, 2, 3, 5]].any()
+
+
+def test_a_window_that_hides_the_key_leaves_no_mass():
+    case = problem([64], [64], window=16)
+    heads = torch.ones(1, 6, dtype=torch.bool)
+    partials = cpu.pool_partials(
+        case.query, case.cache, case.rows, key_zero(1), heads, case.geometry
+    )
+    assert partials.mass[:16].min() > 0
+    assert partials.mass[16:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("span", [1, 33])
+def test_pools_of_many_keys(span):
+    case = problem([120], [span], kv_heads=3)
+    keys = torch.tensor([0, 3, 31, 32, 90, 119], dtype=torch.int32)
+    pools = PoolMap(keys, torch.tensor([[0, 2, 2, 6]], dtype=torch.int32))
+    heads = torch.ones(1, 6, dtype=torch.bool)
+    partials = cpu.pool_partials(case.query, case.cache, case.rows, pools, heads, case.geometry)
+    p, _ = case.dense(0)
+    groups = [[0, 3], [], [31, 32, 90, 119]]
+    for g, members in enumerate(groups):
+        pooled = torch.zeros_like(p)
+        pooled[..., members] = p[..., members]
+        torch.testing.assert_close(
+            partials.mass[..., g].double(), pooled.sum(-1), atol=2e-6, rtol=2e-5
+        )
+        torch.testing.assert_close(
+            partials.value[:, :, g].double(),
+            reference.attend(pooled, case.values[0].double()),
+            atol=5e-6,
+            rtol=2e-5,
+        )
