@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,16 @@ from calibrators.interface import Bound, CalibrationError, Calibrator, ModelFact
 
 FIELD = "calibration"
 OFF = "none"
+# More than any method has parameters; each unknown one costs an error to describe.
+MAX_KEYS = 64
 # What a client's word may take up in an error message.
 _QUOTE = 80
+# Lists nested deeper than the stack and objects of a million keys are quoted in part.
+_SHORTENED = reprlib.Repr()
+_SHORTENED.maxlevel = 3
+_SHORTENED.maxstring = _SHORTENED.maxlong = _SHORTENED.maxother = _QUOTE
+# Errors that say no more than that another form of the field was meant.
+_OTHER_FORM = frozenset({"literal_error", "list_type", "dict_type"})
 
 
 class Refusal(Exception):
@@ -184,7 +193,7 @@ class Admission:
         try:
             bound = calibrator.bind(calibrator.Settings.model_validate(body), self.facts)
         except ValidationError as error:
-            raise _invalid(error.errors(include_url=False)[0], path, name) from None
+            raise _invalid(error.errors(include_url=False), path, calibrator) from None
         except CalibrationError as error:
             param = f"{path}.{error.param}" if error.param else path
             raise Refusal("invalid_parameter", param, error.message, name) from None
@@ -226,6 +235,10 @@ def _name_of(entry: object, path: str) -> tuple[str, Mapping[str, Any], str]:
             f"{path} is {_kind(entry)}; allowed are the name of a calibrator, an object with "
             'the key "method", a list of those, or "none"',
         )
+    if len(entry) > MAX_KEYS:
+        raise Refusal(
+            "malformed", path, f"{path} has {len(entry)} keys; at most {MAX_KEYS} are allowed"
+        )
     name = entry.get("method")
     if not isinstance(name, str):
         raise Refusal(
@@ -234,18 +247,33 @@ def _name_of(entry: object, path: str) -> tuple[str, Mapping[str, Any], str]:
     return name, entry, f"{path}.method"
 
 
-def _invalid(error: ErrorDetails, path: str, method: str) -> Refusal:
-    location = error["loc"]
+def _invalid(errors: Sequence[ErrorDetails], path: str, calibrator: Calibrator) -> Refusal:
+    error = _most_telling(errors)
+    location = errors[0]["loc"]
     param = f"{path}.{_quoted(location[0], quotes=False)}" if location else path
+    fields = calibrator.Settings.model_fields
     if error["type"] == "extra_forbidden":
-        message = f"{method} has no parameter {_quoted(location[0])}"
+        known = ", ".join(name for name in fields if name != "method")
+        message = f"{calibrator.name} has no parameter {_quoted(location[0])}; it has {known}"
     else:
-        message = f"{param} is {_quoted(error['input'])}, which is not allowed: {error['msg']}"
-    return Refusal("invalid_parameter", param, message, method)
+        field = fields.get(str(location[0])) if location else None
+        allowed = " ".join((field.description or "").split()) if field else ""
+        value = errors[0]["input"]
+        message = f"{param} is {_quoted(value)}, which is not allowed: {error['msg']}. {allowed}"
+    return Refusal("invalid_parameter", param, message.rstrip(), calibrator.name)
+
+
+def _most_telling(errors: Sequence[ErrorDetails]) -> ErrorDetails:
+    """Of the errors on the first field, one per form it may take, that of the form meant."""
+    field = errors[0]["loc"][:1]
+    return max(
+        (error for error in errors if error["loc"][:1] == field),
+        key=lambda error: (len(error["loc"]), error["type"] not in _OTHER_FORM),
+    )
 
 
 def _quoted(value: object, *, quotes: bool = True) -> str:
-    text = repr(value) if quotes else str(value)
+    text = _SHORTENED.repr(value) if quotes else str(value)
     return text if len(text) <= _QUOTE else text[:_QUOTE] + "..."
 
 
