@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias
 
@@ -11,6 +12,7 @@ from calibrators.interface import CalibrationError, Json, ModelFacts
 
 # Longer than any model is deep or wide; a bound on what one request can make us check.
 MAX_INDICES = 1024
+DECIMAL = re.compile(r"0|[1-9][0-9]{0,5}")
 
 
 class CalibrationSettings(BaseModel):
@@ -31,10 +33,11 @@ def _distinct(indices: list[int]) -> list[int]:
 
 
 def _decimal_key(key: object) -> object:
-    """JSON has only string keys; `"3"` means layer 3, anything else stays and is refused."""
-    if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) <= 6:
-        return int(key)
-    return key
+    """JSON has only string keys; `"3"` means layer 3, anything else stays and is refused.
+
+    `"03"` too: two spellings of one layer would hide each other.
+    """
+    return int(key) if isinstance(key, str) and DECIMAL.fullmatch(key) else key
 
 
 Index: TypeAlias = Annotated[int, Field(ge=0)]

@@ -124,12 +124,16 @@ class ZeroTuning:
 
     def coefficients(self, masses: Masses, parameters: Mapping[str, torch.Tensor]) -> Coefficients:
         """`c_0 = gamma / D`, `c_rest = 1 / D`."""
+        import torch  # the contract is importable without it, admission too
+
         gamma = parameters["gamma"]
         mass = masses.plain[..., 0]
-        rest = 1 / (1 + (gamma - 1) * mass)
-        on_key0 = gamma * rest
+        # lerp is exact at gamma 1 and keeps all digits where the mass is nearly 1.
+        denominator = torch.lerp(torch.ones_like(gamma), gamma, mass)
+        on_key0 = gamma / denominator
         return Coefficients(
-            rest=rest,
+            # A row that sees key 0 alone has no rest; 1 / gamma would blow up its rounding.
+            rest=torch.where(mass < 1, denominator.reciprocal(), 1.0),
             pools=on_key0[..., None],
             apply=mass > 0,  # zero only where a sliding window hides key 0
             statistics={"key0_mass_before": mass, "key0_mass_after": on_key0 * mass},

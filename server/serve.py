@@ -6,7 +6,9 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import yaml
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -51,12 +53,21 @@ def serve(argv: Sequence[str], report: Callable[[str], None]) -> None:
 
 
 def with_model(argv: Sequence[str]) -> list[str]:
-    """The arguments, with the default model named where none is."""
-    named = bool(argv) and not argv[0].startswith("-")
-    flags = ("--model", "--config", "--help", "-h")
-    if named or any(arg.split("=")[0] in flags for arg in argv):
-        return [*argv]
-    return [models.DEFAULT_MODEL, *argv]
+    """The arguments, with the default model named where vLLM's parser insists on a name.
+
+    It does so beside `--served-model-name`, and for a `--config` file that names no model.
+    """
+    flags = {arg.split("=")[0].replace("_", "-") for arg in argv}
+    named = "--model" in flags or not argv or not argv[0].startswith("-")
+    insists = "--served-model-name" in flags or _config_without_model(argv)
+    return [models.DEFAULT_MODEL, *argv] if insists and not named else [*argv]
+
+
+def _config_without_model(argv: Sequence[str]) -> bool:
+    if "--config" not in argv[:-1]:
+        return False
+    config = yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text())
+    return isinstance(config, dict) and "model" not in config
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -66,7 +77,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     serve_parser = ServeSubcommand().subparser_init(commands)
     serve_parser.usage = "trimtab serve [MODEL] [options]"
     add_flags(serve_parser)
-    serve_parser.set_defaults(shutdown_timeout=SHUTDOWN_SECONDS)
+    serve_parser.set_defaults(model=models.DEFAULT_MODEL, shutdown_timeout=SHUTDOWN_SECONDS)
     if current_platform.is_cpu():
         # Compiling takes a minute and gains a tenth; see docs/decisions.md.
         serve_parser.set_defaults(enforce_eager=True)
@@ -76,7 +87,7 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 def resolve_model(args: Namespace, report: Callable[[str], None]) -> None:
     """Turn the name of an embedded model into its folder, and serve it under its name."""
-    name = args.model_tag or args.model
+    name = args.model = args.model_tag or args.model
     if name not in models.EMBEDDED:
         return
     args.model_tag = args.model = str(models.prepare(name, report=report))

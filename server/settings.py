@@ -79,7 +79,7 @@ def add_flags(parser: ArgumentParser, environment: Mapping[str, str] = os.enviro
 
 def share_salt_key() -> None:
     """Draw a salt key for this start, unless one is configured, for all API servers to share."""
-    os.environ.setdefault(SALT_KEY, secrets.token_hex(32))
+    os.environ[SALT_KEY] = os.environ.get(SALT_KEY) or secrets.token_hex(32)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import vllm
 from vllm.platforms import current_platform
 
+from server.engine.cpu_attention import planned_layout, unreadable_layout
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -69,6 +71,10 @@ def _obstacles(config: VllmConfig) -> Iterator[str]:
         yield "KV transfer is not supported: leave out --kv-transfer-config"
     if "fp8" in str(cache.cache_dtype):
         yield "an FP8 KV cache cannot be calibrated: serve with --kv-cache-dtype auto"
+    elif current_platform.is_cpu() and not model.use_mla:
+        layout = unreadable_layout(planned_layout(config))
+        if layout is not None:
+            yield layout
     if model.use_mla:
         yield f"{model.architecture} uses multi-head latent attention, which is not supported"
     if model.is_encoder_decoder or model.runner_type != "generate":

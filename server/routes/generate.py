@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
@@ -107,8 +108,8 @@ async def calibrated(
     try:
         response = await handler(request, raw_request)
         if isinstance(response, StreamingResponse):
+            response = ReceiptedStream(response, front_end, receipt)
             streaming = True
-            response.body_iterator = _stamped(response.body_iterator, front_end, receipt)
         elif isinstance(response, JSONResponse) and response.status_code == HTTPStatus.OK:
             response = _with_receipt(response, receipt)
             answered = True
@@ -131,26 +132,53 @@ def _with_receipt(response: JSONResponse, receipt: Receipt) -> JSONResponse:
     return JSONResponse(content, response.status_code, headers=kept)
 
 
-async def _stamped(
-    chunks: AsyncIterable[Any], front_end: FrontEnd, receipt: Receipt
-) -> AsyncIterator[str]:
-    """The stream, with the receipt in the chunk that finishes its last choice."""
-    finished, answered = 0, False
-    try:
-        async for chunk in chunks:
-            if FINISHED in chunk:
-                finished += chunk.count(FINISHED)
-                if finished == receipt.expected_choices:
-                    chunk = _stamp(chunk, receipt)
-                    answered = True
-            yield chunk
-    except NotApplied as error:
-        body = envelope(
-            HTTPStatus.INTERNAL_SERVER_ERROR, str(error), code="calibration_not_applied"
+class ReceiptedStream(StreamingResponse):
+    """vLLM's stream, with the receipt in the chunk that finishes its last choice.
+
+    The receipt is closed however the stream ends, also where the client is gone before the body
+    begins: a generator that never started runs no `finally`.
+    """
+
+    def __init__(self, stream: StreamingResponse, front_end: FrontEnd, receipt: Receipt) -> None:
+        super().__init__(
+            self._stamped(stream.body_iterator),
+            stream.status_code,
+            headers=stream.headers,
+            background=stream.background,
         )
-        yield f"data: {json.dumps(body)}\n\ndata: [DONE]\n\n"
-    finally:
-        front_end.close(receipt, answered=answered)
+        self._front_end = front_end
+        self._receipt = receipt
+        self._answered = False
+        self._closed = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._front_end.close(self._receipt, answered=self._answered)
+
+    async def _stamped(self, chunks: AsyncIterable[Any]) -> AsyncIterator[str]:
+        finished = 0
+        try:
+            async for chunk in chunks:
+                if FINISHED in chunk:
+                    finished += chunk.count(FINISHED)
+                    if finished == self._receipt.expected_choices:
+                        chunk = _stamp(chunk, self._receipt)
+                        self._answered = True
+                yield chunk
+        except NotApplied as error:
+            body = envelope(
+                HTTPStatus.INTERNAL_SERVER_ERROR, str(error), code="calibration_not_applied"
+            )
+            yield f"data: {json.dumps(body)}\n\ndata: [DONE]\n\n"
+        finally:
+            self._close()
 
 
 def _stamp(chunk: str, receipt: Receipt) -> str:

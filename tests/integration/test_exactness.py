@@ -144,8 +144,6 @@ def test_preempted_requests_are_exact(server, oracle, text):
         pytest.skip("this server's KV cache is large enough for everybody")
     before = server.metric("vllm:num_preemptions_total")
     draw = random.Random(7)
-    cases = [
-        (text.prompt(draw, 90 + 5 * i), SETTINGS[i % len(SETTINGS)]) for i in range(12)
-    ]
+    cases = [(text.prompt(draw, 90 + 5 * i), SETTINGS[i % len(SETTINGS)]) for i in range(12)]
     check(server, oracle, cases, 100)
     assert server.metric("vllm:num_preemptions_total") > before

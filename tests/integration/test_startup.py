@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.integration.serving import command, free_port
 
@@ -20,7 +22,7 @@ from importlib.abc import MetaPathFinder
 
 class Broken(MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == "server.engine.plugin" and "--multiprocessing-fork" in sys.argv:
+        if name == "server.engine.plugin" and "--multiprocessing-fork" in sys.orig_argv:
             raise ImportError("broken on purpose")
 
 sys.meta_path.insert(0, Broken())
@@ -43,7 +45,7 @@ def start(*flags: str, env: dict[str, str] | None = None) -> subprocess.Complete
     [
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype auto"),
         (["--worker-cls", "vllm.v1.worker.cpu_worker.CPUWorker"], "leave out --worker-cls"),
-        (["--tensor-parallel-size", "2"], "leave out --tensor-parallel-size"),
+        (["--enable-lora"], "leave out --enable-lora"),
         (["--calibrators", "zerotuning,nothing"], "installed: zerotuning"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -66,9 +68,20 @@ def test_a_worker_without_the_plugin(model, tmp_path: Path):
     assert "Application startup complete" not in output
 
 
-def test_a_cache_layout_that_cannot_be_read(model):
-    finished = start("--block-size", "16")
-    output = finished.stdout + finished.stderr
-    assert finished.returncode != 0
-    assert "its KV cache has the layout 'vec16'" in output
-    assert "Application startup complete" not in output
+def test_a_cache_layout_that_cannot_be_read(model, tmp_path: Path):
+    shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = LlamaConfig(
+        hidden_size=160,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=80,
+        vocab_size=49152,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    finished = start(str(tmp_path / "model"))
+    assert finished.returncode == 2
+    last = finished.stderr.strip().splitlines()[-1]
+    assert "the layout 'vec16'" in last
+    assert "head sizes must be multiples of 32" in last

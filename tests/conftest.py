@@ -1,0 +1,94 @@
+"""Factories shared by many tests: a small model's facts and calibrators that need no engine."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import pytest
+from hypothesis import settings
+from pydantic import Field
+
+from calibrators.interface import Bound, Coefficients, ModelFacts, Prefill, Rows
+from calibrators.settings import CalibrationSettings
+
+# A first call pays for imports and compilation, and a busy machine for its neighbours.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
+
+
+@pytest.fixture(scope="session")
+def make_facts():
+    """Facts of a small model, any of them overridden."""
+
+    def make(**changes):
+        usual = {
+            "architecture": "LlamaForCausalLM",
+            "layers": 4,
+            "query_heads": 6,
+            "kv_heads": 2,
+            "head_dim": 32,
+            "hidden_size": 192,
+            "max_model_len": 512,
+        }
+        return ModelFacts(**(usual | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_calibrator():
+    """An instance of a calibrator class made on the spot, any class attribute overridden."""
+
+    def make(name="scale", **attributes):
+        settings = type(
+            "Settings",
+            (CalibrationSettings,),
+            {
+                "__annotations__": {
+                    "method": Literal[name],
+                    "strength": Annotated[float, Field(ge=0, le=4)],
+                },
+                "__module__": __name__,
+                "method": name,
+                "strength": 1.0,
+            },
+        )
+        usual = {"name": name, "title": name.title(), "Settings": settings}
+        return type("Fake", (FakeCalibrator,), usual | attributes)()
+
+    return make
+
+
+class FakeCalibrator:
+    """Scales nothing and keeps the contract; meant to be subclassed."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str] = "https://example.org/paper"
+    modality: ClassVar[str] = "text"
+    causal: ClassVar[bool] = True
+    touches_prompt_kv: ClassVar[bool] = True
+    reweights: ClassVar[bool] = True
+    revision: ClassVar[int] = 1
+    pools: ClassVar[tuple[str, ...]] = ()
+    parameters: ClassVar[tuple[str, ...]] = ()
+    Settings: ClassVar[type[CalibrationSettings]]
+
+    def bind(self, settings, facts):
+        params = settings.model_dump(exclude={"method"})
+        return Bound(self.name, params, facts.layers, facts.layers * facts.query_heads)
+
+    def prefill(self, bound):
+        return Prefill.ANY
+
+    def observe(self, bound):
+        return ()
+
+    def rows(self, bound, prompt):
+        return Rows()
+
+    def resolve(self, bound, layer, facts, prompt, observed):
+        return None
+
+    def coefficients(self, masses, parameters):
+        return Coefficients(rest=1 - 0 * masses.plain.sum(-1))

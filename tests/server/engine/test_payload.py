@@ -1,0 +1,47 @@
+import json
+
+import msgspec
+import pytest
+
+from server.engine.payload import KEY, Payload, Report, Tally
+
+TALLIES = [Tally(5, 2, {"key0_mass_before": 0.25}, 7), Tally()]
+
+
+def test_a_payload_survives_the_way_down(bound):
+    payload = Payload("ticket", (bound, bound))
+    entry = payload.to_extra_args()
+    carried = msgspec.msgpack.decode(msgspec.msgpack.encode(entry))
+    assert json.loads(json.dumps(entry)) == carried
+    assert Payload.from_extra_args({KEY: carried, "other": 1}) == payload
+
+
+@pytest.mark.parametrize("extra_args", [None, {}, {"other": 1}])
+def test_plain_requests_have_none(extra_args):
+    assert Payload.from_extra_args(extra_args) is None
+
+
+@pytest.mark.parametrize("forged", ["x", 1, 1.5, ["ticket"], None])
+def test_what_clients_can_send_is_no_payload(forged):
+    """`vllm_xargs` carries scalars and lists of them."""
+    assert Payload.from_extra_args({KEY: forged}) is None
+
+
+@pytest.mark.parametrize("seconds", [None, {"zerotuning": 0.25}])
+def test_a_report_survives_the_way_up(seconds):
+    report = Report("ticket", TALLIES, seconds)
+    carried = msgspec.msgpack.decode(msgspec.msgpack.encode(report.to_transfer_params()))
+    assert Report.from_transfer_params({KEY: carried, "other": 1}) == report
+
+
+@pytest.mark.parametrize("params", [None, {}, {"do_remote_decode": True}])
+def test_outputs_without_a_report(params):
+    assert Report.from_transfer_params(params) is None
+
+
+def test_a_report_on_its_way_is_a_snapshot():
+    tally = Tally(prompt_tokens=1, sums={"a": 1.0})
+    params = Report("ticket", [tally]).to_transfer_params()
+    tally.prompt_tokens = 2
+    tally.sums["a"] = 2.0
+    assert Report.from_transfer_params({KEY: params}).tallies == [Tally(1, 0, {"a": 1.0})]

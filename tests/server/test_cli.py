@@ -1,0 +1,108 @@
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from server import __version__, cli, doctor, models
+
+
+def run(*argv):
+    """Run in a fresh process; also returns which of the slow packages were imported."""
+    code = (
+        "import sys\n"
+        "from server.cli import main\n"
+        "try:\n"
+        "    sys.exit(main(sys.argv[1:]))\n"
+        "finally:\n"
+        "    print(*{'torch', 'vllm', 'transformers'} & set(sys.modules), file=sys.stderr)\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *argv], check=False, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["calibrators"], ["models"], ["--version"]])
+def test_light_commands_import_nothing_heavy(argv):
+    done = run(*argv)
+    assert done.returncode == 0
+    assert done.stdout
+    assert done.stderr.split() == []
+
+
+def test_help_is_quick():
+    # The best of a few: the machine may be busy with something else.
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        run("--help")
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 1
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for command in ("serve", "models", "calibrators", "doctor"):
+        assert re.search(rf"^    {command}\s+\w", out, re.MULTILINE)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"trimtab {__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["models", "prepare"], ["doctor", "--port", "1"]])
+def test_what_is_no_command(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2
+    assert "usage: trimtab" in capsys.readouterr().err
+
+
+def test_the_table_of_calibrators(capsys):
+    assert cli.main(["calibrators"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("zerotuning  ZeroTuning, text\n")
+    for name in ("gamma", "layers", "heads"):
+        assert f"\n  {name} " in out
+
+
+@pytest.mark.parametrize("folder", [None, "/somewhere"])
+def test_models_and_where_they_are(monkeypatch, capsys, folder):
+    monkeypatch.setattr(models, "is_prepared", lambda name: folder)
+    assert cli.main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(models.EMBEDDED)
+    assert all(line.endswith(folder or "not prepared") for line in lines)
+
+
+def test_the_last_line_of_a_prepared_model_is_its_folder(monkeypatch, capsys, tmp_path):
+    def prepare(name, report):
+        report(f"converting {name}")
+        return tmp_path
+
+    monkeypatch.setattr(models, "prepare", prepare)
+    assert cli.main(["models", "prepare", "some"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["converting some", str(tmp_path)]
+
+
+def test_an_unknown_model_is_one_line_and_status_2(capsys):
+    assert cli.main(["models", "prepare", "no-such-model"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert "no-such-model" in captured.err
+
+
+def test_the_doctor_gets_its_arguments(monkeypatch):
+    calls = []
+    monkeypatch.setattr(doctor, "main", lambda *args: calls.append(args) or 1)
+    assert cli.main(["doctor", "--url", "http://host", "--api-key", "k"]) == 1
+    assert cli.main(["doctor"]) == 1
+    assert calls == [("http://host", "k"), (None, None)]

@@ -1,0 +1,128 @@
+from http import HTTPStatus
+
+import pytest
+from fastapi import FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
+from fastapi.testclient import TestClient
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from server import errors
+from server.errors import MAX_MESSAGE, ApiError, envelope
+
+
+class Body(BaseModel):
+    count: int
+    inner: dict[str, int] = {}
+
+
+@pytest.fixture(scope="module")
+def client():
+    app = FastAPI()
+    app.add_exception_handler(ApiError, errors.handle_api_error)
+    app.add_exception_handler(StarletteHTTPException, errors.handle_http_exception)
+    app.add_exception_handler(RequestValidationError, errors.handle_validation_error)
+
+    @app.post("/count")
+    async def count(body: Body):
+        return body
+
+    @app.get("/raise/{status}")
+    async def fail(status: int):
+        raise HTTPException(status, "said so", headers={"X-Reason": "test"})
+
+    @app.get("/busy")
+    async def busy():
+        raise ApiError(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "busy",
+            param="a.b",
+            code="busy",
+            headers={"Retry-After": "5"},
+        )
+
+    return TestClient(app)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request_error"),
+        (401, "authentication_error"),
+        (403, "permission_error"),
+        (404, "not_found_error"),
+        (405, "invalid_request_error"),
+        (413, "invalid_request_error"),
+        (422, "invalid_request_error"),
+        (429, "rate_limit_error"),
+        (500, "server_error"),
+        (503, "server_error"),
+    ],
+)
+def test_the_envelope_of_each_status(status, kind):
+    assert envelope(HTTPStatus(status), "why", "field", "code") == {
+        "error": {"message": "why", "type": kind, "param": "field", "code": "code"}
+    }
+
+
+def test_messages_are_bounded():
+    assert envelope(HTTPStatus.BAD_REQUEST, "x" * MAX_MESSAGE)["error"]["message"] == (
+        "x" * MAX_MESSAGE
+    )
+    message = envelope(HTTPStatus.BAD_REQUEST, "x" * (MAX_MESSAGE + 1))["error"]["message"]
+    assert message == "x" * MAX_MESSAGE + "..."
+
+
+def test_our_own_errors_keep_everything(client):
+    response = client.get("/busy")
+    assert response.status_code == 503
+    assert response.headers["Retry-After"] == "5"
+    assert response.json()["error"] == {
+        "message": "busy",
+        "type": "server_error",
+        "param": "a.b",
+        "code": "busy",
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("GET", "/count", 405, "method_not_allowed"),
+        ("GET", "/raise/401", 401, "unauthorized"),
+    ],
+)
+def test_errors_of_the_framework_come_in_the_envelope(client, method, path, status, code):
+    response = client.request(method, path)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["code"] == code
+    assert set(error) == {"message", "type", "param", "code"}
+    if status == 405:
+        assert response.headers["Allow"] == "POST"
+    if status == 401:
+        assert (error["message"], response.headers["X-Reason"]) == ("said so", "test")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"count": "many"}', "count"),
+        (b'{"count": 1, "inner": {"a": "b"}}', "inner.a"),
+        (b"{}", "count"),
+    ],
+)
+def test_a_body_that_does_not_fit_names_the_field(client, body, param):
+    response = client.post("/count", content=body, headers={"Content-Type": "application/json"})
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (400, "invalid_request_error")
+    assert (error["param"], error["code"]) == (param, "invalid_request")
+    assert error["message"].startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff"])
+def test_a_body_that_is_no_object_is_a_bad_request(client, body):
+    response = client.post("/count", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
