@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# Where less mass than this is left for the other keys, the row stays as it is.
+NOTHING_LEFT = 1e-6
+
+
 class ZeroTuningSettings(CalibrationSettings):
     """Request object of ZeroTuning."""
 
@@ -126,14 +130,14 @@ class ZeroTuning:
         """`c_0 = gamma / D`, `c_rest = 1 / D`."""
         import torch  # the contract is importable without it, admission too
 
-        gamma = parameters["gamma"]
         mass = masses.plain[..., 0]
+        # A row that sees key 0 alone, as far as float32 can tell, has nothing to trade with.
+        gamma = torch.where(1 - mass > NOTHING_LEFT, parameters["gamma"], 1.0)
         # lerp is exact at gamma 1 and keeps all digits where the mass is nearly 1.
         denominator = torch.lerp(torch.ones_like(gamma), gamma, mass)
         on_key0 = gamma / denominator
         return Coefficients(
-            # A row that sees key 0 alone has no rest; 1 / gamma would blow up its rounding.
-            rest=torch.where(mass < 1, denominator.reciprocal(), 1.0),
+            rest=denominator.reciprocal(),
             pools=on_key0[..., None],
             apply=mass > 0,  # zero only where a sliding window hides key 0
             statistics={"key0_mass_before": mass, "key0_mass_after": on_key0 * mass},

@@ -17,13 +17,14 @@ from vllm.platforms import current_platform
 
 from calibrators import registry
 from server import errors
-from server.admission import Admission
+from server.admission import Admission, Refusal
 from server.engine import startup
 from server.engine.facts import calibrators_of, model_facts, model_identity
 from server.engine.reports import listen, on_shutdown
 from server.front_end import FrontEnd
 from server.metrics import Metrics
 from server.middleware.drain import DrainMiddleware
+from server.middleware.plain_routes import PlainRoutesMiddleware
 from server.routes import calibrators, generate, health
 from server.settings import Settings
 
@@ -46,6 +47,7 @@ class TrimtabEndpoint:
         self._app = app
         for module in (generate, calibrators, health):
             app.include_router(module.router)
+        app.add_middleware(PlainRoutesMiddleware, calibrated=generate.PATHS)
         app.add_middleware(DrainMiddleware, draining=lambda: app.state.trimtab.draining)
 
     async def init_state(
@@ -85,13 +87,16 @@ def build_front_end(engine_client: EngineClient, settings: Settings) -> FrontEnd
     """State of this process for one engine."""
     config = engine_client.vllm_config
     names = calibrators_of(config)
-    admission = Admission(
-        registry.load(names),
-        model_facts(config),
-        model_identity(config),
-        default=settings.default_calibration,
-        limit=settings.max_calibrations_per_request,
-    )
+    try:
+        admission = Admission(
+            registry.load(names),
+            model_facts(config),
+            model_identity(config),
+            default=settings.default_calibration,
+            limit=settings.max_calibrations_per_request,
+        )
+    except Refusal as refusal:
+        raise startup.StartupRefused(f"--default-calibration: {refusal.message}") from None
     metrics = Metrics(names, vllm.__version__, current_platform.device_type)
     return FrontEnd(admission, metrics, settings.salt_key.encode())
 

@@ -42,6 +42,7 @@ def serve(argv: Sequence[str], report: Callable[[str], None]) -> None:
     settings = Settings.from_args(args)
     registry.load(settings.calibrators)
     startup.check_version(allow_untested=settings.allow_untested_vllm)
+    startup.check_arguments(args)
     resolve_model(args, report)
     switch_on(args, settings)
     command = ServeSubcommand()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import vllm
+from vllm import envs
 from vllm.platforms import current_platform
 
 from server.engine.cpu_attention import planned_layout, unreadable_layout
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Iterator
 
     from vllm.config import VllmConfig
@@ -36,6 +38,27 @@ def check_version(*, allow_untested: bool) -> None:
             f"vLLM {vllm.__version__} was not tested with this Trimtab (tested: {tested}); "
             "install a tested version, or say --allow-untested-vllm"
         )
+
+
+def check_arguments(args: Namespace) -> None:
+    """Refuse front ends that would go past admission.
+
+    Raises:
+        StartupRefused: names the flag.
+    """
+    past = {
+        "--grpc": args.grpc,
+        "--headless": args.headless,
+        "--enable-scale-out": args.enable_scale_out,
+        "--tokens-only": args.tokens_only,
+        "VLLM_USE_RUST_FRONTEND": envs.VLLM_USE_RUST_FRONTEND,
+    }
+    for name, given in past.items():
+        if given:
+            raise StartupRefused(
+                f"{name} opens a way to the engine on which calibrations are not checked: "
+                "leave it out"
+            )
 
 
 def check_config(config: VllmConfig) -> None:

@@ -41,7 +41,6 @@ class CalibratedCPUWorker(CPUWorker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Set up the KV cache as vLLM does, then wire calibration to builders and layers."""
         super().initialize_from_config(kv_cache_config)
-        kernels.set_threads(torch.get_num_threads())
         self._attach_layers()
         self.calibration = StepContext(
             self._request_table(), lambda: self.model_runner.input_batch.req_ids
@@ -83,6 +82,8 @@ class CalibratedCPUWorker(CPUWorker):
             if reason is not None:
                 raise CalibrationUnavailable(f"layer {name} cannot be calibrated: {reason}")
             layer.impl.calibrate_as(extract_layer_index(name))
+            if layer.impl.layer_index == 0:
+                _compile(layer)
 
     def _request_table(self) -> RequestTable:
         facts = model_facts(self.vllm_config)
@@ -93,3 +94,12 @@ class CalibratedCPUWorker(CPUWorker):
             facts,
             HeadShard(rank * local, (rank + 1) * local),
         )
+
+
+def _compile(layer: Any) -> None:  # noqa: ANN401 - vLLM's Attention module
+    """Compile the kernels for a layer's types, so that no request waits for it."""
+    kernels.set_threads(torch.get_num_threads())
+    cache = layer.kv_cache
+    kernels.warm_up(
+        cache.dtype, layer.num_heads, layer.num_kv_heads, layer.head_size, cache.shape[2]
+    )

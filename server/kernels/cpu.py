@@ -1,12 +1,11 @@
 """Pool partials and combine on the CPU, over vLLM's paged cache of the `vec` layout.
 
-Logits of a tile are formed block by block against keys stored column-major, so the inner loop
-runs along consecutive keys and the compiler vectorises it; no context is gathered. The
-log-sum-exp the stock kernel does not return is accumulated on the way (one read of K, none of
-V), then only pooled keys are read again.
+Logits of a tile are formed page by page against keys stored column-major, 32 keys and 6 queries
+at a time in registers; no context is gathered. The log-sum-exp the stock kernel does not return
+is accumulated on the way (one read of K, none of V), then only pooled keys are read again.
 
-bfloat16 and float16 come in as their bit patterns (numpy has no bfloat16 and LLVM no portable
-float16 arithmetic) and are widened by shifts.
+bfloat16 and float16 come in as their bit patterns, since numpy has no bfloat16 and numba
+computes with neither.
 """
 
 from __future__ import annotations
@@ -50,11 +49,11 @@ def pool_partials(
         geometry: how logits are formed.
     """
     count, query_heads, head_dim = rows.token.shape[0], query.shape[1], query.shape[2]
-    scaled = query.index_select(0, rows.token).float().mul_(geometry.scale)
-    mass = torch.zeros(count, query_heads, pools.pools)
-    value = torch.zeros(count, query_heads, pools.pools, head_dim)
+    mass = torch.empty(count, query_heads, pools.pools)
+    value = torch.empty(count, query_heads, pools.pools, head_dim)
     cpu_loops.partials(
-        scaled.numpy(),
+        _bits(query.contiguous()),  # a slice of the fused projection would compile anew
+        np.float32(geometry.scale),
         _bits(cache.pages),
         cache.block_table.numpy(),
         *_row_arrays(rows),
@@ -89,10 +88,28 @@ def combine(
         factors: float32 `[rows, query_heads, pools]`, `c_g`.
         rest: float32 `[rows, query_heads]`, `c_rest`.
     """
-    pooled = (factors - rest[..., None])[..., None].mul(partials.value).sum(2)
-    stock = output.index_select(0, rows.token)
-    changed = stock.float().mul_(rest[..., None]).add_(pooled).to(output.dtype)
-    output.index_copy_(0, rows.token, torch.where(heads[..., None], changed, stock))
+    cpu_loops.combine(
+        _bits(output),
+        rows.token.numpy(),
+        heads.numpy(),
+        partials.value.numpy(),
+        factors.numpy(),
+        rest.numpy(),
+    )
+
+
+def warm_up(dtype: torch.dtype, query_heads: int, kv_heads: int, head_dim: int, block: int) -> None:
+    """Compile for these types now, in seconds, or read the compiler's cache on disk."""
+    index = torch.zeros(1, dtype=torch.int32)
+    cache = PagedCache(torch.zeros(1, kv_heads, 2, head_dim * block, dtype=dtype), index.view(1, 1))
+    rows = RowMap(index.long(), index, index, index, torch.tensor([0, 1], dtype=torch.int32))
+    pools = PoolMap(index, torch.tensor([[0, 1]], dtype=torch.int32))
+    none = torch.empty(0)
+    heads = torch.ones(1, query_heads, dtype=torch.bool)
+    tokens = torch.zeros(1, query_heads, head_dim, dtype=dtype)
+    geometry = AttentionGeometry(1.0, 0.0, 0, none, none)
+    partials = pool_partials(tokens, cache, rows, pools, heads, geometry)
+    combine(tokens, rows, heads, partials, partials.mass, partials.mass[..., 0].contiguous())
 
 
 def set_threads(count: int) -> None:
@@ -106,6 +123,6 @@ def _bits(tensor: Tensor) -> npt.NDArray[Any]:
     return array
 
 
-def _row_arrays(rows: RowMap) -> tuple[npt.NDArray[np.int32], ...]:
-    fields = (rows.request, rows.slot, rows.position, rows.tiles)
+def _row_arrays(rows: RowMap) -> tuple[npt.NDArray[Any], ...]:
+    fields = (rows.token, rows.request, rows.slot, rows.position, rows.tiles)
     return tuple(field.numpy() for field in fields)

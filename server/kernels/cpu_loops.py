@@ -1,19 +1,22 @@
-"""The compiled half of the CPU kernels: loops that numba turns into vector code.
+"""The compiled loops of the CPU kernels.
 
 Untyped, because numba compiles each function per argument types; shapes are those of
-`server.kernels.partials`. Head dimensions are multiples of 4.
+`server.kernels.partials`. Head sizes and blocks are multiples of 32.
 """
 
 import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
+from server.kernels.cpu_vector import KEYS, QUERIES, float_to_half, half_to_float, make_dot
+
 # Everything but the licence to ignore NaN and infinity.
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 
 LOG2E = np.float32(1.4426950408889634)
-FLOAT16_REBIAS = np.float32(2.0**112)
 LOWEST = np.float32(-3.0e38)
+
+_dot1, _dot2, _dot3, _dot4, _dot5, _dot6 = (make_dot(n) for n in range(1, QUERIES + 1))
 
 
 def _widen(x):
@@ -22,18 +25,40 @@ def _widen(x):
 
 @overload(_widen, inline="always")
 def _widen_for(x):
-    if isinstance(x, types.Float):
-        return lambda x: x
     if x == types.uint16:
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    if x == types.int16:
+        return lambda x: half_to_float(x)
+    return lambda x: x
 
-    def widen_float16(x):
-        bits = np.uint32(np.uint16(x))
-        magnitude = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
-        sign = np.float32(1) - np.float32(2) * np.float32(bits >> np.uint32(15))
-        return magnitude * FLOAT16_REBIAS * sign
 
-    return widen_float16
+def _store(row, x):
+    raise NotImplementedError
+
+
+@overload(_store, inline="always")
+def _store_for(row, x):  # noqa: ARG001 - numba's protocol
+    """Round float32 `x` to the type of `row`, to nearest even."""
+    if row.dtype == types.uint16:
+
+        def store(row, x):
+            for d in range(row.shape[0]):
+                bits = np.float32(x[d]).view(np.uint32)
+                even = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+                row[d] = np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16)
+
+    elif row.dtype == types.int16:
+
+        def store(row, x):
+            for d in range(row.shape[0]):
+                row[d] = float_to_half(x[d])
+
+    else:
+
+        def store(row, x):
+            row[:] = x
+
+    return store
 
 
 @njit(inline="always", fastmath=FASTMATH)
@@ -59,18 +84,33 @@ def _shape(score, soft_cap, slope, distance):
     return score + slope * distance
 
 
+# A NaN lost here comes back through the sum of exponentials.
+@njit(fastmath={*FASTMATH, "nnan"}, error_model="numpy", cache=True)
+def _peak(scores, low, high, peak):
+    for j in range(low, high):
+        peak = max(peak, scores[j])
+    return peak
+
+
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
-def _scores(q, page, out):
-    """`out[j] = sum_d q[d] page[d, j]`; head dimensions are multiples of 4."""
-    for j in range(out.shape[0]):
-        out[j] = np.float32(0)
-    for d in range(0, q.shape[0], 4):
-        q0, q1, q2, q3 = q[d], q[d + 1], q[d + 2], q[d + 3]
-        k0, k1, k2, k3 = page[d], page[d + 1], page[d + 2], page[d + 3]
-        for j in range(out.shape[0]):
-            out[j] += (q0 * _widen(k0[j]) + q1 * _widen(k1[j])) + (
-                q2 * _widen(k2[j]) + q3 * _widen(k3[j])
-            )
+def _scores(q, page, out, begin, keys):
+    """`out[i, j] = q[i] . page[:, j]` for queries from `begin` on and the first `keys` keys."""
+    count, head_dim, block = q.shape[0], q.shape[1], page.shape[1]
+    tail = (count - begin) % QUERIES
+    full = count - tail
+    for j in range(0, keys, KEYS):
+        for i in range(begin, full, QUERIES):
+            _dot6(q, page, out, i, j, head_dim, block)
+        if tail == 1:
+            _dot1(q, page, out, full, j, head_dim, block)
+        elif tail == 2:
+            _dot2(q, page, out, full, j, head_dim, block)
+        elif tail == 3:
+            _dot3(q, page, out, full, j, head_dim, block)
+        elif tail == 4:
+            _dot4(q, page, out, full, j, head_dim, block)
+        elif tail == 5:
+            _dot5(q, page, out, full, j, head_dim, block)
 
 
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
@@ -82,9 +122,7 @@ def _accumulate(scores, first, last, start, soft_cap, slope, top, total):
     if soft_cap > 0 or slope != 0:
         for j in range(low, high):
             scores[j] = _shape(scores[j], soft_cap, slope, np.float32(start + j - last))
-    peak = top
-    for j in range(low, high):
-        peak = max(peak, scores[j])
+    peak = _peak(scores, low, high, top)
     fresh = np.float32(0)
     for j in range(low, high):
         fresh += _exp(scores[j] - peak)
@@ -92,40 +130,26 @@ def _accumulate(scores, first, last, start, soft_cap, slope, top, total):
 
 
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
-def _log_sum_exp(q, pages, table, kv, first, positions, soft_cap, slopes, selected, out):
-    """`out[row, head]` for the rows of a tile and the heads that share KV head `kv`."""
-    count, group, head_dim = q.shape
+def _log_sum_exp(q, positions, first, slopes, pages, table, kv, soft_cap, out):
+    """`out[i]` of each query; queries are in ascending order of position."""
+    count, head_dim = q.shape
     block = pages.shape[3] // head_dim
-    scores = np.empty(block, np.float32)
-    wide = np.empty((head_dim, block), np.float32)
-    total = np.zeros((count, group), np.float32)
+    scores = np.empty((count, block), np.float32)
+    total = np.zeros(count, np.float32)
     out[:] = LOWEST
-    for index in range(first[0] // block, positions[count - 1] // block + 1):
+    final, begin = positions[count - 1], 0
+    for index in range(first[0] // block, final // block + 1):
         start = index * block
+        while positions[begin] < start:
+            begin += 1
         page = pages[table[index], kv, 0].reshape(head_dim, block)
-        if count > 1:
-            for d in range(head_dim):
-                for j in range(block):
-                    wide[d, j] = _widen(page[d, j])
-        for r in range(count):
-            for h in range(group):
-                if positions[r] < start or not selected[h]:
-                    continue
-                if count > 1:
-                    _scores(q[r, h], wide, scores)
-                else:
-                    _scores(q[r, h], page, scores)
-                out[r, h], total[r, h] = _accumulate(
-                    scores,
-                    first[r],
-                    positions[r],
-                    start,
-                    soft_cap,
-                    slopes[h],
-                    out[r, h],
-                    total[r, h],
-                )
-    out += np.log(np.maximum(total, np.float32(1e-37)))
+        _scores(q, page, scores, begin, min(final - start + 1, block))
+        for i in range(begin, count):
+            out[i], total[i] = _accumulate(
+                scores[i], first[i], positions[i], start, soft_cap, slopes[i], out[i], total[i]
+            )
+    for i in range(count):
+        out[i] += np.log(max(total[i], np.float32(1e-37)))
 
 
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
@@ -147,11 +171,19 @@ def _pool(q, pages, table, kv, keys, first, last, soft_cap, slope, lse, value):
     return mass
 
 
+@njit(inline="always", fastmath=FASTMATH)
+def _add_sink(lse, sink):
+    high = max(lse, sink)
+    return high + np.log(_exp(lse - high) + _exp(sink - high))
+
+
 @njit(parallel=True, fastmath=FASTMATH, error_model="numpy", cache=True)
 def partials(
     query,
+    scale,
     pages,
     block_table,
+    token,
     request,
     slot,
     position,
@@ -166,45 +198,67 @@ def partials(
     mass,
     value,
 ):
-    """Fill `mass` and `value`; `query` is scaled, float32 and holds the mapped rows only."""
-    kv_heads = pages.shape[1]
+    """Fill every element of `mass` and `value`."""
+    kv_heads, head_dim = pages.shape[1], query.shape[2]
     group = query.shape[1] // kv_heads
     for task in prange((tiles.shape[0] - 1) * kv_heads):
         tile, kv = task // kv_heads, task % kv_heads
         begin, end = tiles[tile], tiles[tile + 1]
         s, head = slot[begin], kv * group
-        selected = heads[s, head : head + group]
-        if not selected.any():
+        mass[begin:end, head : head + group] = 0
+        value[begin:end, head : head + group] = 0
+        chosen = head + np.flatnonzero(heads[s, head : head + group])
+        count = (end - begin) * chosen.shape[0]
+        if count == 0:
             continue
-        q, rows = query[begin:end, head : head + group], position[begin:end]
+        q = np.empty((count, head_dim), np.float32)
+        positions = np.empty(count, np.int64)
+        first = np.zeros(count, np.int64)
+        slopes = np.zeros(count, np.float32)
+        for i in range(count):
+            r, h = begin + i // chosen.shape[0], chosen[i % chosen.shape[0]]
+            for d in range(head_dim):
+                q[i, d] = _widen(query[token[r], h, d]) * scale
+            positions[i] = position[r]
+            if window > 0:
+                first[i] = max(positions[i] - window + 1, 0)
+            if alibi_slopes.shape[0]:
+                slopes[i] = alibi_slopes[h]
         table = block_table[request[begin]]
-        slopes = np.zeros(group, np.float32)
-        if alibi_slopes.shape[0]:
-            slopes[:] = alibi_slopes[head : head + group]
-        first = np.zeros(end - begin, np.int32)
-        if window > 0:
-            first[:] = np.maximum(rows - np.int32(window - 1), 0)
-        lse = np.empty((end - begin, group), np.float32)
-        _log_sum_exp(q, pages, table, kv, first, rows, soft_cap, slopes, selected, lse)
-        for r in range(end - begin):
-            for h in range(group):
-                if not selected[h]:
-                    continue
-                total = lse[r, h]
-                if sinks.shape[0]:
-                    high = max(total, sinks[head + h])
-                    total = high + np.log(_exp(total - high) + _exp(sinks[head + h] - high))
-                for g in range(offsets.shape[1] - 1):
-                    mass[begin + r, head + h, g] = _pool(
-                        q[r, h],
-                        pages,
-                        table,
-                        kv,
-                        keys[offsets[s, g] : offsets[s, g + 1]],
-                        first[r],
-                        rows[r],
-                        soft_cap,
-                        slopes[h],
-                        total,
-                        value[begin + r, head + h, g],
-                    )
+        lse = np.empty(count, np.float32)
+        _log_sum_exp(q, positions, first, slopes, pages, table, kv, soft_cap, lse)
+        for i in range(count):
+            r, h = begin + i // chosen.shape[0], chosen[i % chosen.shape[0]]
+            total = _add_sink(lse[i], sinks[h]) if sinks.shape[0] else lse[i]
+            for g in range(offsets.shape[1] - 1):
+                mass[r, h, g] = _pool(
+                    q[i],
+                    pages,
+                    table,
+                    kv,
+                    keys[offsets[s, g] : offsets[s, g + 1]],
+                    first[i],
+                    positions[i],
+                    soft_cap,
+                    slopes[i],
+                    total,
+                    value[r, h, g],
+                )
+
+
+@njit(parallel=True, fastmath=FASTMATH, error_model="numpy", cache=True)
+def combine(output, token, heads, value, factors, rest):
+    """`O' = c_rest O + sum_g (c_g - c_rest) U_g` on the selected heads, in place."""
+    for r in prange(token.shape[0]):
+        x = np.empty(output.shape[2], np.float32)
+        for h in range(output.shape[1]):
+            if not heads[r, h]:
+                continue
+            row = output[token[r], h]
+            for d in range(row.shape[0]):
+                x[d] = rest[r, h] * _widen(row[d])
+            for g in range(value.shape[2]):
+                factor = factors[r, h, g] - rest[r, h]
+                for d in range(row.shape[0]):
+                    x[d] += factor * value[r, h, g, d]
+            _store(row, x)

@@ -33,16 +33,19 @@ FINISHED = '"finish_reason":"'
 AnyRequest: TypeAlias = CalibratedChatRequest | CalibratedCompletionRequest
 Handler: TypeAlias = Callable[[Any, Request], Awaitable[Response | None]]
 
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+PATHS = frozenset({CHAT, COMPLETIONS})
+
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)])
+@router.post(CHAT, dependencies=[Depends(validate_json_request)])
 async def create_chat_completion(request: CalibratedChatRequest, raw_request: Request) -> Any:  # noqa: ANN401 - FastAPI would take a response class for a schema
     """Chat completion, calibrated if the request or the server's default says so."""
     return await answer(request, raw_request, chat.create_chat_completion)
 
 
-@router.post("/v1/completions", dependencies=[Depends(validate_json_request)])
+@router.post(COMPLETIONS, dependencies=[Depends(validate_json_request)])
 async def create_completion(request: CalibratedCompletionRequest, raw_request: Request) -> Any:  # noqa: ANN401
     """Text completion, calibrated if the request or the server's default says so."""
     return await answer(request, raw_request, completion.create_completion)

@@ -139,3 +139,25 @@ def test_a_worker_without_the_plug_in_stops_the_start(answer, said):
     with pytest.raises(StartupRefused, match=said) as caught:
         verify(answer)
     assert "VLLM_PLUGINS" in str(caught.value)
+
+
+def arguments(**changes):
+    """Arguments without a way past admission."""
+    usual = {"grpc": False, "headless": False, "enable_scale_out": False, "tokens_only": False}
+    return SimpleNamespace(**{**usual, **changes})
+
+
+def test_usual_arguments_pass():
+    startup.check_arguments(arguments())
+
+
+@pytest.mark.parametrize("flag", ["grpc", "headless", "enable_scale_out", "tokens_only"])
+def test_a_front_end_past_admission_is_refused(flag):
+    with pytest.raises(StartupRefused, match=f"--{flag.replace('_', '-')} opens a way"):
+        startup.check_arguments(arguments(**{flag: True}))
+
+
+def test_the_rust_front_end_is_refused(monkeypatch):
+    monkeypatch.setattr(startup.envs, "VLLM_USE_RUST_FRONTEND", True, raising=False)
+    with pytest.raises(StartupRefused, match="VLLM_USE_RUST_FRONTEND"):
+        startup.check_arguments(arguments())
