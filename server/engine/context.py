@@ -78,6 +78,6 @@ class StepContext:
             request = self._table.get(request_id)
             if request is not None:
                 tallies = [program.tally for program in request.programs]
-                reports[request_id] = Report(request.ticket, tallies, seconds)
+                reports[request_id] = Report(request.ticket, tallies, seconds, request.failed)
                 seconds = None
         return reports

@@ -29,9 +29,10 @@ def model_facts(vllm_config: VllmConfig) -> ModelFacts:
 
 
 def model_identity(vllm_config: VllmConfig) -> str:
-    """What distinguishes one served model from another in digests."""
+    """The served model in digests: by its name, which is the same wherever its files lie."""
     model = vllm_config.model_config
-    return f"{model.model}@{model.revision or ''}"
+    name = model.served_model_name
+    return f"{name if isinstance(name, str) else name[0]}@{model.revision or ''}"
 
 
 def calibrators_of(vllm_config: VllmConfig) -> tuple[str, ...]:

@@ -69,11 +69,13 @@ class Report:
         ticket: of the payload.
         tallies: one per calibration, in order.
         seconds: time this step spent in calibration, by calibrator; on one report per step.
+        failed: a result was not finite, and the request must not be answered.
     """
 
     ticket: str
     tallies: Sequence[Tally]
     seconds: Mapping[str, float] | None = None
+    failed: bool = False
 
     def to_transfer_params(self) -> dict[str, Any]:
         """Form that msgpack carries."""
@@ -86,4 +88,4 @@ class Report:
         if entry is None:
             return None
         tallies = [Tally(**tally) for tally in entry["tallies"]]
-        return cls(entry["ticket"], tallies, entry["seconds"])
+        return cls(entry["ticket"], tallies, entry["seconds"], entry["failed"])

@@ -54,12 +54,14 @@ class CalibratedRequest:
         programs: one per calibration, in order.
         covered: positions below this are in the tallies; recomputing them after a preemption
             adds nothing.
+        failed: a result was not finite; the request will be answered with an error.
     """
 
     ticket: str
     prompt: Prompt
     programs: list[Program]
     covered: int = 0
+    failed: bool = False
 
 
 class RequestTable:

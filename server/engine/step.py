@@ -85,6 +85,7 @@ class MethodStep:
         self._stack = stack
         self._rows: RowMap = row_map(batch, programs)
         self._slot = self._rows.slot.long()
+        self._finite = torch.ones(len(self._slot), dtype=torch.bool)
         self._touched: list[Tensor] = []
         self._statistics: list[Mapping[str, Tensor]] = []
 
@@ -112,13 +113,15 @@ class MethodStep:
         if result.apply is not None:
             touched = touched & result.apply
         factors, rest = _scaled(result, partials.mass)
-        kernels.combine(output, self._rows, touched, partials, factors, rest)
+        self._finite &= kernels.combine(output, self._rows, touched, partials, factors, rest)
         self._touched.append(touched)
         self._statistics.append(result.statistics)
         self.seconds += time.perf_counter() - started
 
     def tally(self) -> None:
         """Add what was done to the tallies of the requests, new positions only."""
+        for slot in self._slot[~self._finite].tolist():
+            self._batch[slot].request.failed = True
         if not self._touched:
             return
         position, slot = self._rows.position.numpy(), self._slot.numpy()

@@ -56,12 +56,11 @@ def pool_partials(
         np.float32(geometry.scale),
         _bits(cache.pages),
         cache.block_table.numpy(),
-        *_row_arrays(rows),
+        _row_arrays(rows),
         pools.keys.numpy(),
         pools.offsets.numpy(),
         heads.numpy(),
-        np.float32(geometry.soft_cap),
-        geometry.window,
+        (np.float32(geometry.soft_cap), geometry.window),
         geometry.alibi_slopes.numpy(),
         geometry.sinks.numpy(),
         mass.numpy(),
@@ -77,8 +76,10 @@ def combine(
     partials: Partials,
     factors: Tensor,
     rest: Tensor,
-) -> None:
+) -> Tensor:
     """Rewrite rows in place: `O' = sum_g c_g U_g + c_rest (O - sum_g U_g)`, in float32.
+
+    Returns bool `[rows]`: False where a result was not finite; such a head keeps its stock output.
 
     Args:
         output: `[tokens, query_heads, head_dim]`, the stock output.
@@ -88,6 +89,7 @@ def combine(
         factors: float32 `[rows, query_heads, pools]`, `c_g`.
         rest: float32 `[rows, query_heads]`, `c_rest`.
     """
+    finite = torch.ones(len(rows.token), dtype=torch.bool)
     cpu_loops.combine(
         _bits(output),
         rows.token.numpy(),
@@ -95,7 +97,9 @@ def combine(
         partials.value.numpy(),
         factors.numpy(),
         rest.numpy(),
+        finite.numpy(),
     )
+    return finite
 
 
 def warm_up(dtype: torch.dtype, query_heads: int, kv_heads: int, head_dim: int, block: int) -> None:

@@ -153,9 +153,10 @@ def _log_sum_exp(q, positions, first, slopes, pages, table, kv, soft_cap, out):
 
 
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
-def _pool(q, pages, table, kv, keys, first, last, soft_cap, slope, lse, value):
-    """Mass of the visible `keys`; their weighted values are added into `value`."""
+def _pool(q, pages, table, kv, keys, bounds, soft_cap, slope, lse, value):
+    """Mass of the `keys` within `bounds`; their weighted values are added into `value`."""
     head_dim, mass = q.shape[0], np.float32(0)
+    first, last = bounds
     block = pages.shape[3] // head_dim
     for key in keys:
         if key < first or key > last:
@@ -177,28 +178,52 @@ def _add_sink(lse, sink):
     return high + np.log(_exp(lse - high) + _exp(sink - high))
 
 
+@njit(fastmath=FASTMATH, error_model="numpy", cache=True)
+def _gather(query, scale, token, chosen, q):
+    """Scaled float32 queries of the tile's rows and chosen heads, row by row."""
+    for i in range(q.shape[0]):
+        row = query[token[i // chosen.shape[0]], chosen[i % chosen.shape[0]]]
+        for d in range(q.shape[1]):
+            q[i, d] = _widen(row[d]) * scale
+
+
+@njit(fastmath=FASTMATH, error_model="numpy", cache=True)
+def _tile(
+    q, chosen, position, pages, table, kv, keys, offsets, shape, alibi_slopes, sinks, mass, value
+):
+    """Partials of one tile and KV head; `q` is in the order of `_gather`, `shape` is
+    `(soft_cap, window)`."""
+    count, heads = q.shape[0], chosen.shape[0]
+    soft_cap, window = shape
+    positions = np.repeat(position.astype(np.int64), heads)
+    first = np.zeros(count, np.int64)
+    if window > 0:
+        first[:] = np.maximum(positions - window + 1, 0)
+    slopes, lse = np.zeros(count, np.float32), np.empty(count, np.float32)
+    if alibi_slopes.shape[0]:
+        for i in range(count):
+            slopes[i] = alibi_slopes[chosen[i % heads]]
+    _log_sum_exp(q, positions, first, slopes, pages, table, kv, soft_cap, lse)
+    for i in range(count):
+        r, h = i // heads, chosen[i % heads]
+        total = _add_sink(lse[i], sinks[h]) if sinks.shape[0] else lse[i]
+        for g in range(offsets.shape[0] - 1):
+            pool, target = keys[offsets[g] : offsets[g + 1]], value[r, h, g]
+            bounds = first[i], positions[i]
+            mass[r, h, g] = _pool(
+                q[i], pages, table, kv, pool, bounds, soft_cap, slopes[i], total, target
+            )
+
+
 @njit(parallel=True, fastmath=FASTMATH, error_model="numpy", cache=True)
 def partials(
-    query,
-    scale,
-    pages,
-    block_table,
-    token,
-    request,
-    slot,
-    position,
-    tiles,
-    keys,
-    offsets,
-    heads,
-    soft_cap,
-    window,
-    alibi_slopes,
-    sinks,
-    mass,
-    value,
+    query, scale, pages, block_table, rows, keys, offsets, heads, shape, slopes, sinks, mass, value
 ):
-    """Fill every element of `mass` and `value`."""
+    """Fill every element of `mass` and `value`.
+
+    `rows` is `(token, request, slot, position, tiles)`, `shape` is `(soft_cap, window)`.
+    """
+    token, request, slot, position, tiles = rows
     kv_heads, head_dim = pages.shape[1], query.shape[2]
     group = query.shape[1] // kv_heads
     for task in prange((tiles.shape[0] - 1) * kv_heads):
@@ -208,47 +233,33 @@ def partials(
         mass[begin:end, head : head + group] = 0
         value[begin:end, head : head + group] = 0
         chosen = head + np.flatnonzero(heads[s, head : head + group])
-        count = (end - begin) * chosen.shape[0]
-        if count == 0:
+        if chosen.shape[0] == 0:
             continue
-        q = np.empty((count, head_dim), np.float32)
-        positions = np.empty(count, np.int64)
-        first = np.zeros(count, np.int64)
-        slopes = np.zeros(count, np.float32)
-        for i in range(count):
-            r, h = begin + i // chosen.shape[0], chosen[i % chosen.shape[0]]
-            for d in range(head_dim):
-                q[i, d] = _widen(query[token[r], h, d]) * scale
-            positions[i] = position[r]
-            if window > 0:
-                first[i] = max(positions[i] - window + 1, 0)
-            if alibi_slopes.shape[0]:
-                slopes[i] = alibi_slopes[h]
-        table = block_table[request[begin]]
-        lse = np.empty(count, np.float32)
-        _log_sum_exp(q, positions, first, slopes, pages, table, kv, soft_cap, lse)
-        for i in range(count):
-            r, h = begin + i // chosen.shape[0], chosen[i % chosen.shape[0]]
-            total = _add_sink(lse[i], sinks[h]) if sinks.shape[0] else lse[i]
-            for g in range(offsets.shape[1] - 1):
-                mass[r, h, g] = _pool(
-                    q[i],
-                    pages,
-                    table,
-                    kv,
-                    keys[offsets[s, g] : offsets[s, g + 1]],
-                    first[i],
-                    positions[i],
-                    soft_cap,
-                    slopes[i],
-                    total,
-                    value[r, h, g],
-                )
+        q = np.empty(((end - begin) * chosen.shape[0], head_dim), np.float32)
+        _gather(query, scale, token[begin:end], chosen, q)
+        _tile(
+            q,
+            chosen,
+            position[begin:end],
+            pages,
+            block_table[request[begin]],
+            kv,
+            keys,
+            offsets[s],
+            shape,
+            slopes,
+            sinks,
+            mass[begin:end],
+            value[begin:end],
+        )
 
 
 @njit(parallel=True, fastmath=FASTMATH, error_model="numpy", cache=True)
-def combine(output, token, heads, value, factors, rest):
-    """`O' = c_rest O + sum_g (c_g - c_rest) U_g` on the selected heads, in place."""
+def combine(output, token, heads, value, factors, rest, finite):
+    """`O' = c_rest O + sum_g (c_g - c_rest) U_g` on the selected heads, in place.
+
+    A result that is not finite is not written, and clears the row's flag in `finite`.
+    """
     for r in prange(token.shape[0]):
         x = np.empty(output.shape[2], np.float32)
         for h in range(output.shape[1]):
@@ -261,4 +272,10 @@ def combine(output, token, heads, value, factors, rest):
                 factor = factors[r, h, g] - rest[r, h]
                 for d in range(row.shape[0]):
                     x[d] += factor * value[r, h, g, d]
-            _store(row, x)
+            check = np.float32(0)
+            for d in range(row.shape[0]):
+                check += x[d] * np.float32(0)
+            if check == 0:
+                _store(row, x)
+            else:
+                finite[r] = False

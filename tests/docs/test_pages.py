@@ -1,0 +1,43 @@
+"""Links lead somewhere, and pages that list what the code defines list all of it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.throughput import SCENARIOS
+from server.admission import REASONS
+from server.errors import INVALID_CALIBRATION
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_resolve(page):
+    targets = LINK.findall(page.read_text(encoding="utf-8"))
+
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_every_page_is_linked_from_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
+
+
+@pytest.mark.parametrize("name", [*REASONS, INVALID_CALIBRATION, "calibration_not_applied"])
+def test_the_errors_page_has_every_reason_and_code(name):
+    assert f"`{name}`" in (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_benchmarks_page_has_every_scenario(name):
+    assert f"`{name}`" in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+def test_the_program_in_the_readme_compiles():
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
+
+    compile(code, "README.md", "exec")

@@ -1,0 +1,134 @@
+"""Properties of the CPU kernels over random shapes, types and pools."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibrators import reference
+from server.kernels import cpu
+from server.kernels.partials import PoolMap
+from tests.server.kernels.paging import Problem, problem
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+EPS = torch.finfo(torch.float32).eps
+
+
+@st.composite
+def problems(draw) -> Problem:
+    """Up to three requests, their lengths around the edges of pages and tiles."""
+    block = draw(st.sampled_from([32, 64, 128]))
+    kv_heads, group = draw(st.sampled_from([(1, 1), (1, 7), (2, 3), (3, 1), (2, 4)]))
+    edges = st.sampled_from([1, 2, 15, 16, 17, block - 1, block, block + 1, 2 * block, 3 * block])
+    lengths = draw(st.lists(edges | st.integers(1, 300), min_size=1, max_size=3))
+    spans = [draw(st.sampled_from([1, n, min(n, 16), min(n, 33)])) for n in lengths]
+    return problem(
+        lengths,
+        spans,
+        dtype=draw(DTYPES),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([32, 64, 96])),
+        block=block,
+        seed=draw(st.integers(0, 2**20)),
+        window=draw(st.sampled_from([0, 0, 1, 20, 200])),
+    )
+
+
+def pool_map(draw_keys: list[list[list[int]]]) -> PoolMap:
+    """`draw_keys[slot][pool]`, ascending."""
+    offsets, keys = [], []
+    for pools in draw_keys:
+        ends = [len(keys)]
+        for pool in pools:
+            keys += pool
+            ends.append(len(keys))
+        offsets.append(ends)
+    return PoolMap(torch.tensor(keys, dtype=torch.int32), torch.tensor(offsets, dtype=torch.int32))
+
+
+@st.composite
+def pooled(draw) -> tuple[Problem, list[list[list[int]]]]:
+    """A problem with two disjoint pools per request: empty, whole or anything between."""
+    case = draw(problems())
+    pools = []
+    for key in case.keys:
+        owner = draw(
+            st.one_of(
+                st.just([0] * len(key)),
+                st.just([2] * len(key)),
+                st.lists(st.integers(0, 2), min_size=len(key), max_size=len(key)),
+            )
+        )
+        pools.append([[j for j, g in enumerate(owner) if g == pool] for pool in (0, 1)])
+    return case, pools
+
+
+def dense(
+    case: Problem, pools: list[list[list[int]]], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masses and value sums of the pools from full probability rows."""
+    masses, values = [], []
+    for request, value in enumerate(case.values):
+        p, _ = case.dense(request, dtype)
+        parts = []
+        for pool in pools[request]:
+            inside = torch.zeros_like(p)
+            inside[..., pool] = p[..., pool]
+            parts.append(inside)
+        masses.append(torch.stack([part.sum(-1) for part in parts], -1))
+        values.append(torch.stack([reference.attend(x, value.to(dtype)) for x in parts], 2))
+    return torch.cat(masses), torch.cat(values)
+
+
+def within(measured: torch.Tensor, rough: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Twice the error of an independent float32 run, plus a band of float32 rounding."""
+    band = 32 * EPS * max(1.0, exact.abs().max().item())
+    budget = 2 * (rough.double() - exact).abs().max().item() + band
+    return (measured.double() - exact).abs().max().item() <= budget
+
+
+@settings(max_examples=120)
+@given(pooled())
+def test_partials_match_the_reference(drawn):
+    case, pools = drawn
+    heads = torch.ones(len(pools), case.query.shape[1], dtype=torch.bool)
+    got = cpu.pool_partials(
+        case.query, case.cache, case.rows, pool_map(pools), heads, case.geometry
+    )
+    rough, exact = dense(case, pools, torch.float32), dense(case, pools, torch.float64)
+    assert torch.isfinite(got.mass).all() and torch.isfinite(got.value).all()
+    assert within(got.mass, rough[0], exact[0])
+    assert within(got.value, rough[1], exact[1])
+
+
+@settings(max_examples=60)
+@given(problems(), st.data())
+def test_only_selected_heads_are_touched(case, data):
+    count, query_heads, head_dim = case.query.shape
+    chosen = data.draw(
+        st.lists(st.booleans(), min_size=query_heads, max_size=query_heads), label="heads"
+    )
+    heads = torch.tensor([chosen] * len(case.keys))
+    keys = [[[0]] for _ in case.keys]
+    partials = cpu.pool_partials(
+        case.query, case.cache, case.rows, pool_map(keys), heads, case.geometry
+    )
+    assert partials.mass[:, ~heads[0]].count_nonzero() == 0
+    output = torch.randn(count, query_heads, head_dim).to(case.query.dtype)
+    before = output.clone()
+    rest = torch.full((count, query_heads), 0.5)
+    cpu.combine(output, case.rows, heads[case.rows.slot.long()], partials, rest[..., None], rest)
+    assert torch.equal(output[:, ~heads[0]], before[:, ~heads[0]])
+    halved = (before[:, heads[0]].float() / 2).to(case.query.dtype)
+    assert torch.equal(output[:, heads[0]], halved)
+
+
+@settings(max_examples=40)
+@given(problems())
+def test_a_pool_of_all_keys_is_the_whole_attention(case):
+    keys = [[list(range(len(key)))] for key in case.keys]
+    heads = torch.ones(len(keys), case.query.shape[1], dtype=torch.bool)
+    got = cpu.pool_partials(case.query, case.cache, case.rows, pool_map(keys), heads, case.geometry)
+    torch.testing.assert_close(got.mass, torch.ones_like(got.mass), atol=2e-5, rtol=0)
