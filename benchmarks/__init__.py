@@ -1,0 +1,1 @@
+"""Measurements of a running server; `docs/benchmarks.md` has the figures."""
