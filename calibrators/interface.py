@@ -194,12 +194,27 @@ class Rows:
     """The rows of a request that are calibrated.
 
     Attributes:
-        first: first calibrated position; every generated row after it is included.
+        first: first calibrated position.
         skip: prompt spans after `first` that are left alone.
+        generated: whether generated rows are calibrated.
     """
 
     first: int = 0
     skip: tuple[Span, ...] = ()
+    generated: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """Narrows a pool, row by row, to the keys whose probability exceeds a bound.
+
+    Attributes:
+        bound: in (0, 1), or above 0 where it is relative.
+        relative: the bound is divided by the number of keys up to the row, `i + 1`.
+    """
+
+    bound: float
+    relative: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +223,15 @@ class Pool:
 
     Attributes:
         keys: int32 `[n]`, distinct positions in ascending order; or one such array per query
-            head. A row sees those not after itself and not hidden by a sliding window.
+            head; or a span, which may reach beyond the prompt. A row sees those not after itself
+            and not hidden by a sliding window.
         weights: float32 `[n]`, finite, shaped like `keys`; None for an unweighted pool.
+        above: which of the keys count in a row; None for all.
     """
 
-    keys: IntArray | Sequence[IntArray]
+    keys: IntArray | Sequence[IntArray] | Span
     weights: FloatArray | Sequence[FloatArray] | None = None
+    above: Threshold | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,12 +242,14 @@ class LayerPlan:
         heads: bool `[query_heads]`, the heads whose output is rewritten.
         parameters: one float32 `[query_heads]` per name in `Calibrator.parameters`.
         pools: one pool per name in `Calibrator.pools`, disjoint.
+        generated_pools: the pools of generated rows, where they differ from those of the prompt.
         statistics: numbers this layer adds to the receipt, averaged over layers.
     """
 
     heads: BoolArray
     parameters: Mapping[str, FloatArray] = field(default_factory=dict)
     pools: tuple[Pool, ...] = ()
+    generated_pools: tuple[Pool, ...] | None = None
     statistics: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -7,12 +7,15 @@ replaced, others are added, everything else is inherited.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
+from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 import vllm
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from vllm.platforms import current_platform
 
 from calibrators import registry
@@ -74,13 +77,22 @@ def handle_errors(app: FastAPI) -> None:
     vLLM registers its own handlers after the routes and builds the middleware stack at once, so
     ours come after that and the stack is built anew.
     """
-    handlers: dict[Any, Any] = {
+    theirs = {error: _enveloped(handler) for error, handler in app.exception_handlers.items()}
+    ours: dict[Any, Any] = {
         errors.ApiError: errors.handle_api_error,
         HTTPException: errors.handle_http_exception,
         RequestValidationError: errors.handle_validation_error,
     }
-    app.exception_handlers.update(handlers)
+    app.exception_handlers.update({**theirs, **ours})
     app.middleware_stack = app.build_middleware_stack()
+
+
+def _enveloped(handler: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    async def answer(request: Request, error: Exception) -> Response:
+        response = handler(request, error)
+        return errors.in_our_envelope(await response if isawaitable(response) else response)
+
+    return answer
 
 
 def build_front_end(engine_client: EngineClient, settings: Settings) -> FrontEnd:

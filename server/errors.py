@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import JSONResponse
+from starlette.responses import Response
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from fastapi import Request
     from fastapi.exceptions import RequestValidationError
@@ -91,7 +93,25 @@ async def handle_http_exception(_: Request, error: HTTPException) -> JSONRespons
 async def handle_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
     """Answer a body that does not fit the schema, naming the first offending field."""
     first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    param = None if first["type"] == "json_invalid" else _path(first["loc"])
     status = HTTPStatus.BAD_REQUEST
     message = f"{param}: {first['msg']}" if param else str(first["msg"])
     return JSONResponse(envelope(status, message, param, "invalid_request"), status)
+
+
+def _path(location: Sequence[int | str]) -> str | None:
+    """Dotted path of a field, without the branches of unions such as `list[int]`."""
+    parts = [str(part) for part in location if part != "body"]
+    return ".".join(part for part in parts if "[" not in part) or None
+
+
+def in_our_envelope(response: Response) -> Response:
+    """vLLM's own errors with our types and codes; its message and param, anything else as it is."""
+    if response.status_code < HTTPStatus.BAD_REQUEST or not isinstance(response, JSONResponse):
+        return response
+    error = json.loads(bytes(response.body)).get("error")
+    if not isinstance(error, dict):
+        return response
+    status = HTTPStatus(response.status_code)
+    body = envelope(status, error["message"], error.get("param"), status.name.lower())
+    return JSONResponse(body, status)

@@ -53,7 +53,12 @@ class Receipt:
         return {KEY: Payload(ticket, self.admitted.bounds).to_extra_args()}
 
     def record(self, report: Report, choice: int) -> None:
-        """Take a report on choice `choice` of its ticket's prompt; later ones replace it."""
+        """Take a report on choice `choice` of its ticket's prompt; later ones replace it.
+
+        A request that failed is answered with an error and needs no receipt.
+        """
+        if report.failed:
+            return
         prompt = self._tickets.index(report.ticket)
         self._tallies[prompt * self._choices + choice] = report.tallies
 

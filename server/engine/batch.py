@@ -66,7 +66,8 @@ def row_map(batch: Sequence[Member], programs: Sequence[Program]) -> RowMap:
     position: list[IntArray] = []
     edges = [0]
     for member, program in zip(batch, programs, strict=True):
-        chosen = positions(program.rows, member.start, member.stop)
+        length = member.request.prompt.length
+        chosen = positions(program.rows, member.start, member.stop, length)
         position.append(chosen)
         token.append(chosen - np.int32(member.start - member.token))
         edges += _tile_ends(chosen, edges[-1])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibrators.interface import Bound, Calibrator, LayerPlan, ModelFacts, Prompt, Rows
+from calibrators.interface import Bound, Calibrator, LayerPlan, ModelFacts, Pool, Prompt, Rows
+from server.engine.guard import attempt
 from server.engine.payload import Payload, Tally
 
 if TYPE_CHECKING:
@@ -100,11 +102,16 @@ class RequestTable:
         if payload is None:
             self._requests.pop(request_id, None)
             return
-        programs = [self._program(bound, prompt) for bound in payload.calibrations]
+        made = [
+            attempt(bound.method, partial(self._program, bound, prompt))
+            for bound in payload.calibrations
+        ]
+        programs = [program for program in made if program is not None]
         for program in programs:
-            program.tally.prompt_tokens = _calibrated(program.rows, min(cached, prompt.length))
+            skipped = positions(program.rows, 0, min(cached, prompt.length), prompt.length)
+            program.tally.prompt_tokens = len(skipped)
         self._requests[request_id] = CalibratedRequest(
-            payload.ticket, prompt, programs, covered=cached
+            payload.ticket, prompt, programs, covered=cached, failed=None in made
         )
 
     def drop(self, request_ids: Iterable[str]) -> None:
@@ -143,16 +150,22 @@ class RequestTable:
 def _pool_keys(calibrator: Calibrator, plan: LayerPlan | None) -> tuple[IntArray, ...]:
     if plan is None:
         return (np.empty(0, np.int32),) * len(calibrator.pools)
-    return tuple(np.asarray(pool.keys, np.int32) for pool in plan.pools)
+    if plan.generated_pools is not None or plan.statistics:
+        raise NotImplementedError("pools of generated rows and statistics of layers")
+    return tuple(_keys(pool) for pool in plan.pools)
 
 
-def positions(rows: Rows, start: int, stop: int) -> IntArray:
+def _keys(pool: Pool) -> IntArray:
+    if isinstance(pool.keys, np.ndarray) and pool.weights is None and pool.above is None:
+        return pool.keys.astype(np.int32)
+    raise NotImplementedError("pools with weights, thresholds, spans or keys per head")
+
+
+def positions(rows: Rows, start: int, stop: int, prompt_length: int) -> IntArray:
     """Calibrated positions among `start <= i < stop`, int32, ascending."""
+    if not rows.generated:
+        stop = min(stop, prompt_length)
     chosen = np.arange(max(start, rows.first), max(stop, rows.first, start), dtype=np.int32)
     for span in rows.skip:
         chosen = chosen[(chosen < span.start) | (chosen >= span.stop)]
     return chosen
-
-
-def _calibrated(rows: Rows, cached: int) -> int:
-    return len(positions(rows, 0, cached))

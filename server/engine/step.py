@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from calibrators.interface import Calibrator, Coefficients, Masses
 from server.engine.batch import Member, pool_map, row_map
+from server.engine.guard import attempt
 from server.engine.requests import Program
 from server.kernels import cpu as kernels
 from server.kernels.partials import AttentionGeometry, PagedCache, PoolMap, RowMap
@@ -105,10 +107,16 @@ class MethodStep:
         partials = kernels.pool_partials(
             query, cache, self._rows, self._stack.pools[layer], heads, geometry
         )
-        result = self.calibrator.coefficients(
-            Masses(partials.mass),
-            {name: table[layer][self._slot] for name, table in self._stack.parameters.items()},
+        parameters = {
+            name: table[layer][self._slot] for name, table in self._stack.parameters.items()
+        }
+        result = attempt(
+            self.calibrator.name,
+            partial(self.calibrator.coefficients, Masses(partials.mass), parameters),
         )
+        if result is None:
+            self._finite[:] = False
+            return
         touched = heads[self._slot]
         if result.apply is not None:
             touched = touched & result.apply

@@ -21,7 +21,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from server.admission import Admitted, Refusal
 from server.engine.payload import KEY
-from server.errors import INVALID_CALIBRATION, ApiError, envelope
+from server.errors import INVALID_CALIBRATION, ApiError, envelope, in_our_envelope
 from server.front_end import FrontEnd
 from server.receipts import NotApplied, Receipt
 from server.routes.requests import CalibratedChatRequest, CalibratedCompletionRequest
@@ -66,7 +66,7 @@ async def answer(request: AnyRequest, raw_request: Request, handler: Handler) ->
             code=INVALID_CALIBRATION,
         ) from None
     if admitted is None:
-        return await handler(request, raw_request)
+        return _unified(await handler(request, raw_request))
     request.cache_salt = front_end.cache_salt(admitted, request.cache_salt, raw_request)
     receipt = front_end.open(admitted, request.n or 1)
     request.calibrate_with(lambda: front_end.desk.issue(receipt))
@@ -116,9 +116,9 @@ async def calibrated(
         elif isinstance(response, JSONResponse) and response.status_code == HTTPStatus.OK:
             response = _with_receipt(response, receipt)
             answered = True
-        if response is not None:
+        if response is not None and response.status_code == HTTPStatus.OK:
             response.headers[HEADER] = receipt.admitted.header
-        return response
+        return _unified(response)
     except NotApplied as error:
         raise ApiError(
             HTTPStatus.INTERNAL_SERVER_ERROR, str(error), code="calibration_not_applied"
@@ -126,6 +126,10 @@ async def calibrated(
     finally:
         if not streaming:
             front_end.close(receipt, answered=answered)
+
+
+def _unified(response: Response | None) -> Response | None:
+    return None if response is None else in_our_envelope(response)
 
 
 def _with_receipt(response: JSONResponse, receipt: Receipt) -> JSONResponse:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -30,14 +31,22 @@ sys.meta_path.insert(0, Broken())
 
 
 def start(*flags: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a server that is expected to give up."""
-    return subprocess.run(
-        command("--host", "127.0.0.1", "--port", str(free_port()), *flags),
-        capture_output=True,
+    """Run a server that is expected to give up; nothing of it is left behind if it does not."""
+    arguments = command("--host", "127.0.0.1", "--port", str(free_port()), *flags)
+    with subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=SECONDS,
         env={**os.environ, **(env or {})},
-    )
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
 
 @pytest.mark.parametrize(

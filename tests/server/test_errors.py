@@ -1,14 +1,16 @@
+import json
 from http import HTTPStatus
 
 import pytest
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from server import errors
-from server.errors import MAX_MESSAGE, ApiError, envelope
+from server.errors import MAX_MESSAGE, ApiError, envelope, in_our_envelope
 
 
 class Body(BaseModel):
@@ -126,3 +128,31 @@ def test_a_body_that_is_no_object_is_a_bad_request(client, body):
     response = client.post("/count", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["message"]
+
+
+def test_errors_of_vllm_come_in_our_envelope():
+    theirs = JSONResponse(
+        {"error": {"message": "no such model", "type": "NotFoundError", "param": "m", "code": 404}},
+        404,
+    )
+    ours = in_our_envelope(theirs)
+    assert ours.status_code == 404
+    assert json.loads(ours.body)["error"] == {
+        "message": "no such model",
+        "type": "not_found_error",
+        "param": "m",
+        "code": "not_found",
+    }
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        JSONResponse({"error": {"message": "in a sound answer"}}, 200),
+        JSONResponse({"detail": "another shape"}, 400),
+        JSONResponse({"error": "a word"}, 401),
+        PlainTextResponse("text", 500),
+    ],
+)
+def test_anything_else_stays_as_it_is(response):
+    assert in_our_envelope(response) is response

@@ -117,7 +117,18 @@ def test_other_errors_have_the_same_envelope(server):
             ),
         }
         unknown = client.get("/v1/calibrators/nothing")
+        model = client.post("/v1/completions", json={"model": "another", "prompt": "Hi"})
+        range_ = client.post("/v1/completions", json={"prompt": "Hi", "temperature": -1})
+        kind = client.post("/v1/completions", json={"prompt": 5})
     for status, response in answers.items():
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert answers[400].json()["error"]["param"] is None
     assert unknown.status_code == 404
+    found = [response.json()["error"] for response in (model, range_, kind)]
+    assert [(e["type"], e["param"]) for e in found] == [
+        ("not_found_error", "model"),
+        ("invalid_request_error", "temperature"),
+        ("invalid_request_error", "prompt"),
+    ]
+    assert [e["code"] for e in found] == ["not_found", "bad_request", "invalid_request"]

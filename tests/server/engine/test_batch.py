@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibrators.interface import Rows, Span
+from calibrators.interface import Prompt, Rows, Span
 from server.engine.batch import Member, members, pool_map, row_map
 from server.kernels.partials import TILE
+
+REQUEST = SimpleNamespace(prompt=Prompt(1000))
 
 
 def test_members_are_the_calibrated_rows_of_the_batch(table, add):
@@ -40,7 +42,7 @@ def batches(draw):
         first = draw(st.integers(0, 80))
         edges = sorted(draw(st.lists(st.integers(0, 120), min_size=4, max_size=4)))
         skip = (Span(*edges[:2]), Span(*edges[2:])) if draw(st.booleans()) else ()
-        batch.append(Member(None, 2 * row, token, start, start + length))
+        batch.append(Member(REQUEST, 2 * row, token, start, start + length))
         programs.append(SimpleNamespace(rows=Rows(first, skip)))
         token += length
     return batch, programs
@@ -93,7 +95,7 @@ def test_tiles_are_no_more_than_needed(case):
 
 
 def test_types_of_the_row_map():
-    rows = row_map([Member(None, 0, 0, 0, 3)], [SimpleNamespace(rows=Rows())])
+    rows = row_map([Member(REQUEST, 0, 0, 0, 3)], [SimpleNamespace(rows=Rows())])
     names = ("token", "request", "slot", "position", "tiles")
     types = [str(getattr(rows, name).dtype).removeprefix("torch.") for name in names]
     assert types == ["int64", "int32", "int32", "int32", "int32"]

@@ -14,7 +14,7 @@ SPANS = st.lists(
 
 @given(st.integers(0, 40), SPANS, st.integers(0, 40), st.integers(0, 40))
 def test_positions_are_the_calibrated_ones_in_the_window(first, skip, start, stop):
-    chosen = positions(Rows(first, tuple(skip)), start, stop)
+    chosen = positions(Rows(first, tuple(skip)), start, stop, stop)
     expected = [
         i
         for i in range(start, stop)

@@ -34,6 +34,11 @@ def test_refused_where_it_would_be_ignored(client):
     assert "/v1/completions" in error["message"]
 
 
+def test_refused_however_the_key_is_spelled(client):
+    body = json.dumps(BODY).replace("calibration", "\\u0063alibration")
+    assert client.post("/v1/responses", content=body).status_code == 400
+
+
 def test_calibrated_routes_get_the_body_untouched(client):
     response = client.post("/v1/completions", json=BODY)
     assert response.json() == {"length": len(response.request.content)}
