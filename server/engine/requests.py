@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from calibrators.interface import Bound, Calibrator, LayerPlan, ModelFacts, Pool, Prompt, Rows
 from server.engine.guard import attempt
@@ -137,19 +138,24 @@ class RequestTable:
         )
 
     def _local_heads(self, plan: LayerPlan | None) -> BoolArray:
-        if plan is None:
-            return np.zeros(self._shard.stop - self._shard.start, np.bool_)
-        return plan.heads[self._shard.start : self._shard.stop]
+        heads = np.zeros(self._facts.query_heads) if plan is None else plan.heads
+        return self._local(heads).astype(np.bool_)
 
     def _local_parameter(self, plan: LayerPlan | None, name: str) -> FloatArray:
-        if plan is None:
-            return np.zeros(self._shard.stop - self._shard.start, np.float32)
-        return plan.parameters[name][self._shard.start : self._shard.stop]
+        values = np.zeros(self._facts.query_heads) if plan is None else plan.parameters[name]
+        return self._local(values).astype(np.float32)
+
+    def _local(self, per_head: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if per_head.shape != (self._facts.query_heads,):
+            raise ValueError(f"a plan has {per_head.shape} in place of one entry per query head")
+        return per_head[self._shard.start : self._shard.stop]
 
 
 def _pool_keys(calibrator: Calibrator, plan: LayerPlan | None) -> tuple[IntArray, ...]:
     if plan is None:
         return (np.empty(0, np.int32),) * len(calibrator.pools)
+    if len(plan.pools) != len(calibrator.pools):
+        raise ValueError(f"a plan has {len(plan.pools)} pools, not {len(calibrator.pools)}")
     if plan.generated_pools is not None or plan.statistics:
         raise NotImplementedError("pools of generated rows and statistics of layers")
     return tuple(_keys(pool) for pool in plan.pools)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibrators.interface import Calibrator, Coefficients, Masses
+from calibrators.interface import Calibrator, Masses
 from server.engine.batch import Member, pool_map, row_map
 from server.engine.guard import attempt
 from server.engine.requests import Program
@@ -76,6 +76,23 @@ def _same(left: Sequence[tuple[IntArray, ...]], right: Sequence[tuple[IntArray, 
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a calibrator does to its rows in one layer.
+
+    Attributes:
+        touched: bool `[rows, heads]`, outputs that are rewritten.
+        factors: float32 `[rows, heads, pools]`, head scale included.
+        rest: float32 `[rows, heads]`, head scale included.
+        statistics: float32 `[rows, heads]` each.
+    """
+
+    touched: Tensor
+    factors: Tensor
+    rest: Tensor
+    statistics: Mapping[str, Tensor]
+
+
 class MethodStep:
     """One method's share of a step."""
 
@@ -87,6 +104,9 @@ class MethodStep:
         self._stack = stack
         self._rows: RowMap = row_map(batch, programs)
         self._slot = self._rows.slot.long()
+        # Per row for all layers at once.
+        self._selected = stack.heads[:, self._slot]
+        self._parameters = {name: table[:, self._slot] for name, table in stack.parameters.items()}
         self._finite = torch.ones(len(self._slot), dtype=torch.bool)
         self._touched: list[Tensor] = []
         self._statistics: list[Mapping[str, Tensor]] = []
@@ -107,24 +127,36 @@ class MethodStep:
         partials = kernels.pool_partials(
             query, cache, self._rows, self._stack.pools[layer], heads, geometry
         )
-        parameters = {
-            name: table[layer][self._slot] for name, table in self._stack.parameters.items()
-        }
-        result = attempt(
-            self.calibrator.name,
-            partial(self.calibrator.coefficients, Masses(partials.mass), parameters),
-        )
-        if result is None:
+        change = attempt(self.calibrator.name, partial(self._change, layer, partials.mass))
+        if change is None:
             self._finite[:] = False
             return
-        touched = heads[self._slot]
-        if result.apply is not None:
-            touched = touched & result.apply
-        factors, rest = _scaled(result, partials.mass)
-        self._finite &= kernels.combine(output, self._rows, touched, partials, factors, rest)
-        self._touched.append(touched)
-        self._statistics.append(result.statistics)
+        self._finite &= kernels.combine(
+            output, self._rows, change.touched, partials, change.factors, change.rest
+        )
+        self._touched.append(change.touched)
+        self._statistics.append(change.statistics)
         self.seconds += time.perf_counter() - started
+
+    def _change(self, layer: int, mass: Tensor) -> Change:
+        """Ask the calibrator, and have its answer in the shapes and types of the kernels.
+
+        Those check nothing: whatever does not fit has to raise here.
+        """
+        parameters = {name: table[layer] for name, table in self._parameters.items()}
+        result = self.calibrator.coefficients(Masses(mass), parameters)
+        selected = self._selected[layer]
+        touched = selected if result.apply is None else selected & result.apply
+        factors = mass if result.pools is None else result.pools
+        rest = result.rest
+        if result.scale is not None:
+            factors, rest = factors * result.scale[..., None], rest * result.scale
+        return Change(
+            touched.expand_as(selected).contiguous(),
+            factors.float().expand_as(mass).contiguous(),
+            rest.float().expand(selected.shape).contiguous(),
+            {name: s.float().expand(selected.shape) for name, s in result.statistics.items()},
+        )
 
     def tally(self) -> None:
         """Add what was done to the tallies of the requests, new positions only."""
@@ -166,14 +198,6 @@ class MethodStep:
         slots = len(self._batch)
         weights = per_row.astype(np.float64)
         return np.bincount(self._slot.numpy(), weights, minlength=slots).astype(np.float64)
-
-
-def _scaled(result: Coefficients, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Pool factors and rest with the head scale multiplied in."""
-    factors = mass if result.pools is None else result.pools
-    if result.scale is None:
-        return factors, result.rest
-    return factors * result.scale[..., None], result.rest * result.scale
 
 
 class StepPlan:

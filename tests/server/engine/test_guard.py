@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,9 @@ def test_a_plan_the_engine_can_do():
     [
         ValueError("in resolve"),
         LayerPlan(HEADS, {}, (Pool(KEYS),)),
+        LayerPlan(HEADS[:5], PLAN.parameters, PLAN.pools),
+        LayerPlan(HEADS, {"gamma": np.ones(7, np.float32)}, PLAN.pools),
+        LayerPlan(HEADS, PLAN.parameters, ()),
         LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS, np.ones(1, np.float32)),)),
         LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS, above=Threshold(0.1)),)),
         LayerPlan(HEADS, PLAN.parameters, (Pool(Span(1, 9)),)),
@@ -70,13 +75,38 @@ def test_a_plan_it_cannot_do_fails_the_request(plan):
     assert request.programs == []
 
 
-def test_coefficients_that_raise_fail_the_requests_of_the_step():
-    class Raising(ZeroTuning):
-        def coefficients(self, masses, parameters):
-            raise RuntimeError("in coefficients")
+def misshapen(**fields):
+    """A calibrator whose coefficients have these fields in place of good ones."""
 
+    class Misshapen(ZeroTuning):
+        def coefficients(self, masses, parameters):
+            return dataclasses.replace(super().coefficients(masses, parameters), **fields)
+
+    return Misshapen()
+
+
+class Raising(ZeroTuning):
+    def coefficients(self, masses, parameters):
+        raise RuntimeError("in coefficients")
+
+
+@pytest.mark.parametrize(
+    "calibrator",
+    [
+        Raising(),
+        misshapen(rest=torch.ones(3, 6)),
+        misshapen(rest=torch.ones(4, 7)),
+        misshapen(pools=torch.ones(4, 6, 2)),
+        misshapen(pools=torch.ones(5, 6, 1)),
+        misshapen(apply=torch.ones(4, 5, dtype=torch.bool)),
+        misshapen(scale=torch.ones(2, 6)),
+        misshapen(statistics={"mean": torch.ones(4, 2)}),
+        misshapen(rest=None),
+    ],
+)
+def test_coefficients_that_raise_or_do_not_fit_fail_their_requests(calibrator):
     case = problem([4], [4])
-    request = table(Raising()).get("one")
+    request = table(calibrator).get("one")
     output = torch.randn(4, 6, 32)
     before = output.clone()
     plan = Planner().plan([Member(request, 0, 0, 0, 4)])
@@ -85,6 +115,28 @@ def test_coefficients_that_raise_fail_the_requests_of_the_step():
     plan.finish()
     assert request.failed is True
     assert torch.equal(output, before)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rest": torch.full((1, 6), 0.5, dtype=torch.float64)},
+        {"rest": torch.full((6, 4), 0.5).T},
+        {"pools": torch.full((4, 1, 1), 2.0).to(torch.bfloat16)},
+        {"apply": torch.ones(4, 1, dtype=torch.bool)},
+        {"scale": torch.full((4, 1), 3.0)},
+    ],
+    ids=str,
+)
+def test_what_broadcasts_is_taken(fields):
+    case = problem([4], [4])
+    request = table(misshapen(**fields)).get("one")
+    output = torch.randn(4, 6, 32)
+    plan = Planner().plan([Member(request, 0, 0, 0, 4)])
+    plan.apply(0, case.query, output, case.cache, case.geometry)
+    plan.finish()
+    assert request.failed is False
+    assert torch.isfinite(output).all()
 
 
 def test_rows_may_leave_generated_tokens_alone():
