@@ -7,22 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
-    _get_attn_isa,
 )
 
 from server.engine.context import StepContext
+from server.engine.layouts import unreadable_layout
 from server.engine.step import StepPlan
 from server.kernels.partials import AttentionGeometry, PagedCache
-
-# The cache layouts we read, by vLLM's name of the kernel's instruction set.
-READABLE_LAYOUTS = frozenset({"vec"})
 
 
 @dataclass
@@ -116,26 +112,8 @@ class CalibratedBackend(CPUAttentionBackend):
         return CalibratedMetadataBuilder
 
 
-def unreadable_layout(layout: str | None) -> str | None:
-    """Why a cache of this layout cannot be calibrated, None where it can."""
-    if layout in READABLE_LAYOUTS:
-        return None
-    return (
-        f"the KV cache would have the layout {layout!r}, and only "
-        f"{', '.join(sorted(READABLE_LAYOUTS))} can be read: head sizes must be multiples of 32, "
-        "and on a CPU with AMX serve with --dtype float32"
-    )
-
-
 def unreadable(layer: Any) -> str | None:  # noqa: ANN401 - vLLM's Attention module
     """Why a layer cannot be calibrated, None where it can."""
     if not isinstance(layer.impl, CalibratedAttention):
         return f"its attention backend {type(layer.impl).__name__} is not one Trimtab extends"
     return unreadable_layout(getattr(layer, "isa", None))
-
-
-def planned_layout(config: VllmConfig) -> str:
-    """The cache layout vLLM will choose for a model."""
-    model, cache = config.model_config, config.cache_config
-    layout: str = _get_attn_isa(model.dtype, cache.block_size, model.get_head_size())
-    return layout

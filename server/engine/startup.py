@@ -8,7 +8,7 @@ import vllm
 from vllm import envs
 from vllm.platforms import current_platform
 
-from server.engine.cpu_attention import planned_layout, unreadable_layout
+from server.engine.layouts import planned_layout, unreadable_layout
 
 if TYPE_CHECKING:
     from argparse import Namespace

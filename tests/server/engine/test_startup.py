@@ -1,4 +1,6 @@
 import asyncio
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -161,3 +163,9 @@ def test_the_rust_front_end_is_refused(monkeypatch):
     monkeypatch.setattr(startup.envs, "VLLM_USE_RUST_FRONTEND", True, raising=False)
     with pytest.raises(StartupRefused, match="VLLM_USE_RUST_FRONTEND"):
         startup.check_arguments(arguments())
+
+
+def test_startup_checks_do_not_load_numba():
+    """vLLM's worker fails to start where numba is loaded before it."""
+    code = "import sys, server.engine.startup; sys.exit('numba' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
