@@ -11,14 +11,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from benchmarks import machine
 from benchmarks.figures import table
 from server.kernels import cpu
-from server.kernels.partials import TILE, AttentionGeometry, PagedCache, PoolMap, RowMap
+from server.kernels.partials import (
+    TILE,
+    AttentionGeometry,
+    Changes,
+    PagedCache,
+    PoolMap,
+    RowMap,
+)
 
 BLOCK = 128
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
@@ -68,7 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeat", type=int, default=30)
     args = parser.parse_args(argv)
-    header = ("case", "threads", "partials us", "combine us", "logits Gflop/s")
+    header = (
+        "case",
+        "threads",
+        "log-sum-exp us",
+        "rescale us",
+        "partials us",
+        "combine us",
+        "Gflop/s",
+    )
     lines = []
     for threads in args.threads:
         cpu.set_threads(threads)
@@ -85,30 +99,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _line(case: Case, dtype: torch.dtype, repeat: int) -> tuple[str, str, str]:
+def _line(case: Case, dtype: torch.dtype, repeat: int) -> tuple[str, ...]:
     given = inputs(case, dtype)
-    measure = partial(
-        cpu.pool_partials,
-        given.query,
-        given.cache,
-        given.rows,
-        given.pools,
-        given.heads,
-        given.geometry,
-    )
-    found = measure()
     rows = given.rows.token.shape[0]
     ones = torch.ones(rows, QUERY_HEADS)
     every = torch.ones(rows, QUERY_HEADS, dtype=torch.bool)
-    combine = partial(
-        cpu.combine, given.output, given.rows, every, found, ones[..., None] * 0.5, ones
+    half = torch.full((case.requests, QUERY_HEADS), 0.5)
+    changes = Changes.none(rows, QUERY_HEADS)
+
+    def attention() -> cpu.Attention:
+        return cpu.Attention(given.query, given.cache, given.rows, given.heads, given.geometry)
+
+    known = attention()
+    found = known.pool_partials(given.pools)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: attention().log_sum_exp,
+        lambda: known.rescale(given.output, given.pools, half, changes),
+        lambda: known.pool_partials(given.pools),
+        lambda: cpu.combine(given.output, given.rows, every, found, ones[..., None] * 0.5, ones),
     )
-    seconds = _median_seconds(measure, repeat)
-    return (
-        f"{seconds * 1e6:.0f}",
-        f"{_median_seconds(combine, repeat) * 1e6:.0f}",
-        f"{flops(case) / seconds / 1e9:.1f}",
-    )
+    seconds = [_median_seconds(call, repeat) for call in calls]
+    return (*(f"{each * 1e6:.0f}" for each in seconds), f"{flops(case) / seconds[0] / 1e9:.0f}")
 
 
 def flops(case: Case) -> float:

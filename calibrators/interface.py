@@ -307,6 +307,12 @@ class Calibrator(Protocol):
         revision: raised when the same settings mean something else than before.
         pools: names of the pools, in the order of `LayerPlan.pools`.
         parameters: names of the per-head parameters `coefficients` takes.
+        rescales: the parameter that multiplies the method's only pool before the row is
+            renormalised, where that is all it does: `c_0 = f / D`, `c_rest = 1 / D`,
+            `D = 1 + (f - 1) m_0`. An engine may then do so in one kernel rather than through
+            `coefficients`, and reports the statistics `<pool>_mass_before` and
+            `<pool>_mass_after`. It holds for the `coefficients` of the same class body: a subclass
+            that has its own is asked. None for any other method.
         Settings: the strict pydantic model of the request object.
     """
 
@@ -320,6 +326,7 @@ class Calibrator(Protocol):
     revision: ClassVar[int]
     pools: ClassVar[tuple[str, ...]]
     parameters: ClassVar[tuple[str, ...]]
+    rescales: ClassVar[str | None]
     Settings: ClassVar[type[CalibrationSettings]]
 
     def bind(self, settings: CalibrationSettings, facts: ModelFacts) -> Bound:

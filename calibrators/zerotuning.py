@@ -79,6 +79,7 @@ class ZeroTuning:
     revision: ClassVar[int] = 1
     pools: ClassVar[tuple[str, ...]] = ("key0",)
     parameters: ClassVar[tuple[str, ...]] = ("gamma",)
+    rescales: ClassVar[str | None] = "gamma"
     Settings: ClassVar[type[CalibrationSettings]] = ZeroTuningSettings
 
     def bind(self, settings: CalibrationSettings, facts: ModelFacts) -> Bound:

@@ -72,6 +72,7 @@ class FakeCalibrator:
     revision: ClassVar[int] = 1
     pools: ClassVar[tuple[str, ...]] = ()
     parameters: ClassVar[tuple[str, ...]] = ()
+    rescales: ClassVar[str | None] = None
     Settings: ClassVar[type[CalibrationSettings]]
 
     def bind(self, settings, facts):

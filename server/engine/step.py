@@ -3,94 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from calibrators.interface import Calibrator, Masses
-from server.engine.batch import Member, pool_map, row_map
-from server.engine.guard import attempt
+from calibrators.interface import Calibrator
+from server.engine.batch import Member, row_map
 from server.engine.requests import Program
+from server.engine.rewrites import rewrite
+from server.engine.stack import Stack
 from server.kernels import cpu as kernels
-from server.kernels.partials import AttentionGeometry, PagedCache, PoolMap, RowMap
-
-if TYPE_CHECKING:
-    from calibrators.interface import IntArray
-
-
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """Tables of all requests of one method in the step, first dimension the layer.
-
-    Attributes:
-        heads: bool `[layers, slots, heads]`.
-        parameters: float32 of the same shape, by name.
-        pools: per layer.
-        active: layers with any selected head.
-    """
-
-    heads: Tensor
-    parameters: Mapping[str, Tensor]
-    pools: list[PoolMap]
-    active: frozenset[int]
-
-    @classmethod
-    def of(cls, programs: Sequence[Program]) -> Stack:
-        """Stack the tables of `programs`, one slot each."""
-        heads = np.stack([program.heads for program in programs], axis=1)
-        parameters = {
-            name: torch.from_numpy(np.stack([p.parameters[name] for p in programs], axis=1))
-            for name in programs[0].calibrator.parameters
-        }
-        active = np.flatnonzero(heads.any((1, 2)))
-        return cls(
-            torch.from_numpy(heads), parameters, _pools(programs), frozenset(active.tolist())
-        )
-
-
-def _pools(programs: Sequence[Program]) -> list[PoolMap]:
-    """Pool maps by layer; requests whose pools are the same in all layers are mapped once."""
-    layers = [[program.pools[layer] for program in programs] for layer in range(_depth(programs))]
-    maps: list[PoolMap] = []
-    for layer, pools in enumerate(layers):
-        same = layer > 0 and _same(pools, layers[layer - 1])
-        maps.append(maps[-1] if same else pool_map(pools))
-    return maps
-
-
-def _depth(programs: Sequence[Program]) -> int:
-    return len(programs[0].pools)
-
-
-def _same(left: Sequence[tuple[IntArray, ...]], right: Sequence[tuple[IntArray, ...]]) -> bool:
-    return all(
-        np.array_equal(a, b)
-        for one, other in zip(left, right, strict=True)
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What a calibrator does to its rows in one layer.
-
-    Attributes:
-        touched: bool `[rows, heads]`, outputs that are rewritten.
-        factors: float32 `[rows, heads, pools]`, head scale included.
-        rest: float32 `[rows, heads]`, head scale included.
-        statistics: float32 `[rows, heads]` each.
-    """
-
-    touched: Tensor
-    factors: Tensor
-    rest: Tensor
-    statistics: Mapping[str, Tensor]
+from server.kernels.partials import AttentionGeometry, PagedCache
 
 
 class MethodStep:
@@ -102,14 +28,8 @@ class MethodStep:
         self._batch = batch
         self._programs = programs
         self._stack = stack
-        self._rows: RowMap = row_map(batch, programs)
-        self._slot = self._rows.slot.long()
-        # Per row for all layers at once.
-        self._selected = stack.heads[:, self._slot]
-        self._parameters = {name: table[:, self._slot] for name, table in stack.parameters.items()}
-        self._finite = torch.ones(len(self._slot), dtype=torch.bool)
-        self._touched: list[Tensor] = []
-        self._statistics: list[Mapping[str, Tensor]] = []
+        self._rows = row_map(batch, programs)
+        self._rewrite = rewrite(self.calibrator, stack, self._rows)
 
     def apply(
         self,
@@ -120,84 +40,41 @@ class MethodStep:
         geometry: AttentionGeometry,
     ) -> None:
         """Rewrite this method's rows of the stock `output` `[tokens, heads, head_dim]`."""
-        if layer not in self._stack.active or not len(self._slot):
+        if layer not in self._stack.active or not len(self._rows.token):
             return
         started = time.perf_counter()
         heads = self._stack.heads[layer]
-        partials = kernels.pool_partials(
-            query, cache, self._rows, self._stack.pools[layer], heads, geometry
-        )
-        change = attempt(self.calibrator.name, partial(self._change, layer, partials.mass))
-        if change is None:
-            self._finite[:] = False
-            return
-        self._finite &= kernels.combine(
-            output, self._rows, change.touched, partials, change.factors, change.rest
-        )
-        self._touched.append(change.touched)
-        self._statistics.append(change.statistics)
+        attention = kernels.Attention(query, cache, self._rows, heads, geometry)
+        self._rewrite.apply(layer, attention, output)
         self.seconds += time.perf_counter() - started
-
-    def _change(self, layer: int, mass: Tensor) -> Change:
-        """Ask the calibrator, and have its answer in the shapes and types of the kernels.
-
-        Those check nothing: whatever does not fit has to raise here.
-        """
-        parameters = {name: table[layer] for name, table in self._parameters.items()}
-        result = self.calibrator.coefficients(Masses(mass), parameters)
-        selected = self._selected[layer]
-        touched = selected if result.apply is None else selected & result.apply
-        factors = mass if result.pools is None else result.pools
-        rest = result.rest
-        if result.scale is not None:
-            factors, rest = factors * result.scale[..., None], rest * result.scale
-        return Change(
-            touched.expand_as(selected).contiguous(),
-            factors.float().expand_as(mass).contiguous(),
-            rest.float().expand(selected.shape).contiguous(),
-            {name: s.float().expand(selected.shape) for name, s in result.statistics.items()},
-        )
 
     def tally(self) -> None:
         """Add what was done to the tallies of the requests, new positions only."""
-        for slot in self._slot[~self._finite].tolist():
-            self._batch[slot].request.failed = True
-        if not self._touched:
-            return
-        position, slot = self._rows.position.numpy(), self._slot.numpy()
+        done = self._rewrite.done()
+        _, _, slot, position, _ = self._rows.arrays
+        for failed in slot[~done.finite].tolist():
+            self._batch[failed].request.failed = True
         covered = np.array([member.request.covered for member in self._batch])
         lengths = np.array([member.request.prompt.length for member in self._batch])
         fresh = position >= covered[slot]
-        touched = torch.stack(self._touched).numpy() & fresh[:, None]
-        done = touched.any((0, 2))
         prompt = position < lengths[slot]
-        totals = {
-            "prompt_tokens": self._per_slot(done & prompt),
-            "completion_tokens": self._per_slot(done & ~prompt),
-            "count": self._per_slot(touched.sum((0, 2))),
-        }
-        sums = {
-            name: self._per_slot((self._stacked(name) * touched).sum((0, 2)))
-            for name in self._statistics[0]
-        }
+        touched = fresh & (done.count > 0)
+        prompts = self._per_slot(touched & prompt)
+        completions = self._per_slot(touched & ~prompt)
+        counts = self._per_slot(done.count * fresh)
+        sums = {name: self._per_slot(values * fresh) for name, values in done.sums.items()}
         for index, program in enumerate(self._programs):
             tally = program.tally
-            tally.prompt_tokens += int(totals["prompt_tokens"][index])
-            tally.completion_tokens += int(totals["completion_tokens"][index])
-            tally.count += int(totals["count"][index])
-            for name, values in sums.items():
-                tally.sums[name] = tally.sums.get(name, 0.0) + float(values[index])
+            tally.prompt_tokens += int(prompts[index])
+            tally.completion_tokens += int(completions[index])
+            tally.count += int(counts[index])
+            for name, totals in sums.items():
+                tally.sums[name] = tally.sums.get(name, 0.0) + totals[index]
 
-    def _stacked(self, statistic: str) -> npt.NDArray[np.float32]:
-        stacked: npt.NDArray[np.float32] = torch.stack(
-            [layer[statistic] for layer in self._statistics]
-        ).numpy()
-        return stacked
-
-    def _per_slot(self, per_row: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        slots = len(self._batch)
-        weights = per_row.astype(np.float64)
-        return np.bincount(self._slot.numpy(), weights, minlength=slots).astype(np.float64)
+    def _per_slot(self, per_row: npt.NDArray[Any]) -> list[float]:
+        totals = np.bincount(self._rows.arrays[2], per_row, minlength=len(self._batch))
+        found: list[float] = totals.tolist()
+        return found
 
 
 class StepPlan:

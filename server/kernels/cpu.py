@@ -1,8 +1,8 @@
 """Pool partials and combine on the CPU, over vLLM's paged cache of the `vec` layout.
 
-Logits of a tile are formed page by page against keys stored column-major, 32 keys and 6 queries
-at a time in registers; no context is gathered. The log-sum-exp the stock kernel does not return
-is accumulated on the way (one read of K, none of V), then only pooled keys are read again.
+Logits of a tile are formed page by page against keys stored column-major, up to 6 queries at a
+time, and go into running log-sum-exps without leaving the registers: the stock kernel returns
+none. That reads K once and V not at all; then only pooled keys are read again.
 
 bfloat16 and float16 come in as their bit patterns, since numpy has no bfloat16 and numba
 computes with neither.
@@ -10,17 +10,21 @@ computes with neither.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from server.kernels import cpu_loops
+from server.kernels import cpu_lse, cpu_pools
+from server.kernels.cpu_vector import PAIRS
 from server.kernels.partials import (
+    Array,
     AttentionGeometry,
+    Changes,
     PagedCache,
     Partials,
     PoolMap,
@@ -30,43 +34,96 @@ from server.kernels.partials import (
 _BITS = {torch.float32: None, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
-def pool_partials(
-    query: Tensor,
-    cache: PagedCache,
-    rows: RowMap,
-    pools: PoolMap,
-    heads: Tensor,
-    geometry: AttentionGeometry,
-) -> Partials:
-    """Mass and value sum of each pool, for the selected heads of each row.
+class Attention:
+    """The calibrated rows of one layer's attention, as the kernels read them.
 
     Args:
-        query: `[tokens, query_heads, head_dim]`, any floating dtype.
+        query: `[tokens, query_heads, head_dim]`, any floating dtype; tokens may lie apart.
         cache: the layer's pages.
         rows: which rows.
-        pools: which keys.
-        heads: bool `[slots, query_heads]`, the heads to measure.
+        heads: bool `[slots, query_heads]`, the heads to measure and to rewrite.
         geometry: how logits are formed.
     """
-    count, query_heads, head_dim = rows.token.shape[0], query.shape[1], query.shape[2]
-    mass = torch.empty(count, query_heads, pools.pools)
-    value = torch.empty(count, query_heads, pools.pools, head_dim)
-    cpu_loops.partials(
-        _bits(query.contiguous()),  # a slice of the fused projection would compile anew
-        np.float32(geometry.scale),
-        _bits(cache.pages),
-        cache.block_table.numpy(),
-        _row_arrays(rows),
-        pools.keys.numpy(),
-        pools.offsets.numpy(),
-        heads.numpy(),
-        (np.float32(geometry.soft_cap), geometry.window),
-        geometry.alibi_slopes.numpy(),
-        geometry.sinks.numpy(),
-        mass.numpy(),
-        value.numpy(),
-    )
-    return Partials(mass, value)
+
+    def __init__(
+        self,
+        query: Tensor,
+        cache: PagedCache,
+        rows: RowMap,
+        heads: Tensor,
+        geometry: AttentionGeometry,
+    ) -> None:
+        self._shape = (rows.token.shape[0], *query.shape[1:])
+        self._query = _flat(query)
+        self._pages = _bits(cache.pages)
+        self._table = cache.block_table.numpy()
+        self._rows = rows.arrays
+        self._heads = heads.numpy()
+        self._model = geometry.in_base_2
+
+    @cached_property
+    def log_sum_exp(self) -> Tensor:
+        """`log2 sum_j 2^s_ij` of the base-2 logits, learned sinks included; reads every key once.
+
+        float32 `[rows, query_heads]`, undefined on heads that are not selected.
+        """
+        rows, query_heads, head_dim = self._shape
+        out = torch.empty(rows, query_heads)
+        _run(
+            cpu_lse.serial,
+            cpu_lse.parallel,
+            *_in_pairs(*self._query),
+            self._pages,
+            head_dim,
+            self._table,
+            self._rows,
+            self._heads,
+            self._model,
+            out.numpy(),
+        )
+        return out
+
+    def pool_partials(self, pools: PoolMap) -> Partials:
+        """Mass and value sum of each pool, zero on heads that are not selected."""
+        rows, query_heads, head_dim = self._shape
+        mass = torch.empty(rows, query_heads, pools.pools)
+        value = torch.empty(rows, query_heads, pools.pools, head_dim)
+        if pools.pools == 0:
+            return Partials(mass, value)
+        _run(
+            cpu_pools.partials_serial,
+            cpu_pools.partials_parallel,
+            *self._given(pools),
+            mass.numpy(),
+            value.numpy(),
+        )
+        return Partials(mass, value)
+
+    def rescale(self, output: Tensor, pools: PoolMap, factor: Tensor, changes: Changes) -> None:
+        """Multiply a pool's probabilities by a factor and renormalise, in place and in one pass.
+
+        `pool_partials`, `c_0 = f / D`, `c_rest = 1 / D` with `D = 1 + (f - 1) m_0`, and `combine`
+        in one. A row that sees none of the pool, or nothing else, stays as it is.
+
+        Args:
+            output: `[tokens, query_heads, head_dim]`, the stock output.
+            pools: which keys; one pool per slot.
+            factor: float32 `[slots, query_heads]`, `f > 0`.
+            changes: what is done is added here.
+        """
+        _run(
+            cpu_pools.rescale_serial,
+            cpu_pools.rescale_parallel,
+            *self._given(pools),
+            factor.numpy(),
+            _bits(output),
+            changes.arrays,
+        )
+
+    def _given(self, pools: PoolMap) -> tuple[Any, ...]:
+        lse = self.log_sum_exp.numpy()
+        given = (self._pages, self._table, self._rows, pools.arrays, self._heads, self._model, lse)
+        return *self._query, *given
 
 
 def combine(
@@ -90,7 +147,9 @@ def combine(
         rest: float32 `[rows, query_heads]`, `c_rest`.
     """
     finite = torch.ones(len(rows.token), dtype=torch.bool)
-    cpu_loops.combine(
+    _run(
+        cpu_pools.combine_serial,
+        cpu_pools.combine_parallel,
         _bits(output),
         rows.token.numpy(),
         heads.numpy(),
@@ -112,8 +171,11 @@ def warm_up(dtype: torch.dtype, query_heads: int, kv_heads: int, head_dim: int, 
     heads = torch.ones(1, query_heads, dtype=torch.bool)
     tokens = torch.zeros(1, query_heads, head_dim, dtype=dtype)
     geometry = AttentionGeometry(1.0, 0.0, 0, none, none)
-    partials = pool_partials(tokens, cache, rows, pools, heads, geometry)
-    combine(tokens, rows, heads, partials, partials.mass, partials.mass[..., 0].contiguous())
+    attention = Attention(tokens, cache, rows, heads, geometry)
+    partials = attention.pool_partials(pools)
+    rest = partials.mass[..., 0].contiguous()
+    combine(tokens, rows, heads, partials, partials.mass, rest)
+    attention.rescale(tokens, pools, rest, Changes.none(1, query_heads))
 
 
 def set_threads(count: int) -> None:
@@ -121,12 +183,33 @@ def set_threads(count: int) -> None:
     numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
 
 
-def _bits(tensor: Tensor) -> npt.NDArray[Any]:
+def _run(serial: Callable[..., None], parallel: Callable[..., None], *args: object) -> None:
+    """One thread goes without the scheduler of threads, which takes longer than a small batch."""
+    threads = numba.get_num_threads()
+    if threads == 1:
+        serial(0, 1, *args)
+    else:
+        parallel(threads, *args)
+
+
+def _bits(tensor: Tensor) -> Array:
     bits = _BITS[tensor.dtype]
-    array: npt.NDArray[Any] = (tensor if bits is None else tensor.view(bits)).numpy()
+    array: Array = (tensor if bits is None else tensor.view(bits)).numpy()
     return array
 
 
-def _row_arrays(rows: RowMap) -> tuple[npt.NDArray[Any], ...]:
-    fields = (rows.token, rows.request, rows.slot, rows.position, rows.tiles)
-    return tuple(field.numpy() for field in fields)
+def _flat(query: Tensor) -> tuple[Array, int]:
+    """All elements in one line, and how far tokens are apart: a slice of the fused projection."""
+    tokens, heads, head_dim = query.shape
+    stride = query.stride(0)
+    if query.stride()[1:] != (head_dim, 1):
+        query, stride = query.contiguous(), heads * head_dim
+    return _bits(query.as_strided(((tokens - 1) * stride + heads * head_dim,), (1,))), stride
+
+
+def _in_pairs(query: Array, stride: int) -> tuple[Array, int]:
+    """bfloat16 two by two where the host multiplies them so; heads and tokens begin at even
+    elements."""
+    if PAIRS and query.dtype == np.uint16:
+        return query.view(np.uint32), stride // 2
+    return query, stride

@@ -6,9 +6,17 @@ Keys and values live in pages: key `j` of a request is slot `j % block` of page
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
+
+Array: TypeAlias = npt.NDArray[Any]
 
 # Prompt rows share the keys they read; more rows per tile than this no longer pay.
 TILE = 16
@@ -29,7 +37,7 @@ class PagedCache:
     block_table: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionGeometry:
     """How the layer forms logits.
 
@@ -47,8 +55,16 @@ class AttentionGeometry:
     alibi_slopes: Tensor
     sinks: Tensor
 
+    @cached_property
+    def in_base_2(self) -> tuple[tuple[Any, ...], Array, Array]:
+        """`((scale, soft cap, window), slopes, sinks)` for logits whose softmax is of `2^x`."""
+        to_base_2 = np.float32(math.log2(math.e))
+        numbers = np.float32(self.scale) * to_base_2, np.float32(self.soft_cap) * to_base_2
+        slopes, sinks = self.alibi_slopes.numpy(), self.sinks.numpy()
+        return (*numbers, self.window), slopes * to_base_2, sinks * to_base_2
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class RowMap:
     """The calibrated rows of a step, in tiles of neighbouring rows of one request.
 
@@ -67,8 +83,14 @@ class RowMap:
     position: Tensor
     tiles: Tensor
 
+    @cached_property
+    def arrays(self) -> tuple[Array, ...]:
+        """The fields in order, as views for the CPU."""
+        fields = (self.token, self.request, self.slot, self.position, self.tiles)
+        return tuple(field.numpy() for field in fields)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class PoolMap:
     """Pooled keys by slot, as compressed rows.
 
@@ -86,6 +108,11 @@ class PoolMap:
         """Number of pools of every slot."""
         return self.offsets.shape[1] - 1
 
+    @cached_property
+    def arrays(self) -> tuple[Array, Array]:
+        """Keys and offsets, as views for the CPU."""
+        return self.keys.numpy(), self.offsets.numpy()
+
 
 @dataclass(frozen=True, slots=True)
 class Partials:
@@ -98,3 +125,35 @@ class Partials:
 
     mass: Tensor
     value: Tensor
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What `rescale` did over the layers of a step, added up.
+
+    Attributes:
+        count: int32 `[rows, query_heads]`, outputs rewritten.
+        before: float32 of the same shape, the pool's mass.
+        after: float32 of the same shape, its mass after rescaling.
+        finite: bool `[rows]`; False where a result was not finite and the stock output stays.
+    """
+
+    count: Tensor
+    before: Tensor
+    after: Tensor
+    finite: Tensor
+
+    @classmethod
+    def none(cls, rows: int, query_heads: int) -> Changes:
+        """Nothing so far."""
+        return cls(
+            torch.zeros(rows, query_heads, dtype=torch.int32),
+            torch.zeros(rows, query_heads),
+            torch.zeros(rows, query_heads),
+            torch.ones(rows, dtype=torch.bool),
+        )
+
+    @cached_property
+    def arrays(self) -> tuple[Array, ...]:
+        """The fields in order, as views for the CPU."""
+        return tuple(f.numpy() for f in (self.count, self.before, self.after, self.finite))

@@ -16,9 +16,8 @@ def test_flops_count_the_visible_keys_of_each_row():
 def test_inputs_are_what_the_kernels_take(case):
     given = inputs(case, torch.float32)
 
-    found = cpu.pool_partials(
-        given.query, given.cache, given.rows, given.pools, given.heads, given.geometry
-    )
+    attention = cpu.Attention(given.query, given.cache, given.rows, given.heads, given.geometry)
+    found = attention.pool_partials(given.pools)
 
     tiles = given.rows.tiles
     assert (tiles.diff() <= TILE).all()

@@ -7,7 +7,7 @@ import torch
 from calibrators import reference
 from calibrators.interface import Coefficients, LayerPlan, Prompt, Span
 from calibrators.interface import Rows as CalibratedRows
-from server.engine import step
+from server.engine import rewrites, step
 from server.engine.batch import members
 from server.engine.step import Planner
 from tests.server.kernels.paging import problem
@@ -50,6 +50,13 @@ class Step:
 
     def rows(self, i):
         return slice(self.starts[i], self.starts[i + 1])
+
+
+@pytest.fixture(params=["closed form", "coefficients"], autouse=True)
+def way(request, monkeypatch):
+    """ZeroTuning both ways."""
+    if request.param == "coefficients":
+        monkeypatch.setattr(rewrites, "_rescales", lambda method: False)
 
 
 @pytest.fixture

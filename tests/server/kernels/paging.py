@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calibrators import reference
+from server.kernels import cpu
 from server.kernels.partials import AttentionGeometry, PagedCache, RowMap
 
 
@@ -38,6 +39,11 @@ class Problem:
         query = self.query[start : start + span].to(dtype)
         key = self.keys[request].to(dtype)
         return reference.probabilities(query, key, positions, geometry), positions
+
+
+def attention(case: Problem, heads: Tensor) -> cpu.Attention:
+    """What the CPU kernels read of a problem."""
+    return cpu.Attention(case.query, case.cache, case.rows, heads, case.geometry)
 
 
 def row_map(spans: list[int], lengths: list[int], tile: int) -> RowMap:

@@ -7,8 +7,8 @@ import torch
 
 from calibrators import reference
 from server.kernels import cpu
-from server.kernels.partials import PoolMap
-from tests.server.kernels.paging import Problem, problem
+from server.kernels.partials import Changes, PoolMap
+from tests.server.kernels.paging import Problem, attention, problem
 
 SHAPES = [
     ([1], [1]),
@@ -51,9 +51,7 @@ def expected(case: Problem, dtype: torch.dtype, gamma: float) -> tuple[torch.Ten
 def test_zerotuning_matches_the_dense_equation(lengths, spans, geometry, dtype):
     case = problem(lengths, spans, dtype=dtype, **geometry)
     heads = torch.ones(len(lengths), 6, dtype=torch.bool)
-    partials = cpu.pool_partials(
-        case.query, case.cache, case.rows, key_zero(len(lengths)), heads, case.geometry
-    )
+    partials = attention(case, heads).pool_partials(key_zero(len(lengths)))
     stock, truth, mass = expected(case, torch.float64, 0.3)
     torch.testing.assert_close(partials.mass[..., 0].double(), mass, atol=2e-6, rtol=2e-5)
 
@@ -71,9 +69,7 @@ def test_unselected_heads_keep_every_bit():
     case = problem([40, 50], [40, 1], dtype=torch.bfloat16)
     heads = torch.zeros(2, 6, dtype=torch.bool)
     heads[0, 4] = True
-    partials = cpu.pool_partials(
-        case.query, case.cache, case.rows, key_zero(2), heads, case.geometry
-    )
+    partials = attention(case, heads).pool_partials(key_zero(2))
     assert partials.mass[:, [0, 1, 2, 3, 5]].count_nonzero() == 0
     output = torch.randn(41, 6, 32).to(torch.bfloat16)
     before = output.clone()
@@ -88,9 +84,7 @@ def test_unselected_heads_keep_every_bit():
 def test_a_window_that_hides_the_key_leaves_no_mass():
     case = problem([64], [64], window=16)
     heads = torch.ones(1, 6, dtype=torch.bool)
-    partials = cpu.pool_partials(
-        case.query, case.cache, case.rows, key_zero(1), heads, case.geometry
-    )
+    partials = attention(case, heads).pool_partials(key_zero(1))
     assert partials.mass[:16].min() > 0
     assert partials.mass[16:].count_nonzero() == 0
 
@@ -101,7 +95,7 @@ def test_pools_of_many_keys(span):
     keys = torch.tensor([0, 3, 31, 32, 90, 119], dtype=torch.int32)
     pools = PoolMap(keys, torch.tensor([[0, 2, 2, 6]], dtype=torch.int32))
     heads = torch.ones(1, 6, dtype=torch.bool)
-    partials = cpu.pool_partials(case.query, case.cache, case.rows, pools, heads, case.geometry)
+    partials = attention(case, heads).pool_partials(pools)
     p, _ = case.dense(0)
     groups = [[0, 3], [], [31, 32, 90, 119]]
     for g, members in enumerate(groups):
@@ -116,3 +110,53 @@ def test_pools_of_many_keys(span):
             atol=5e-6,
             rtol=2e-5,
         )
+
+
+def results(case: Problem) -> list[torch.Tensor]:
+    """What every kernel makes of a problem."""
+    heads = torch.ones(len(case.keys), 6, dtype=torch.bool)
+    pools = key_zero(len(case.keys))
+    measured = attention(case, heads)
+    partials = measured.pool_partials(pools)
+    rescaled, combined = torch.ones_like(case.query), torch.ones_like(case.query)
+    changes = Changes.none(case.query.shape[0], 6)
+    measured.rescale(rescaled, pools, torch.full((len(case.keys), 6), 0.5), changes)
+    rest = 1 - partials.mass[..., 0]
+    every = torch.ones_like(rest, dtype=torch.bool)
+    finite = cpu.combine(combined, case.rows, every, partials, partials.mass, rest)
+    found = [measured.log_sum_exp, partials.mass, partials.value, rescaled, combined, finite]
+    return [*found, changes.count, changes.before, changes.after, changes.finite]
+
+
+@pytest.fixture
+def two_threads():
+    """The kernels with two threads, where this machine has them."""
+    cpu.set_threads(2)
+    yield
+    cpu.set_threads(1)
+
+
+def test_threads_change_no_bit(two_threads):
+    case = problem([200, 7, 97], [200, 1, 30], dtype=torch.bfloat16)
+    parallel = results(case)
+    cpu.set_threads(1)
+    assert all(torch.equal(one, two) for one, two in zip(parallel, results(case), strict=True))
+
+
+def test_without_instructions_for_pairs_of_bfloat16(monkeypatch):
+    case = problem([200, 7, 97], [200, 1, 30], dtype=torch.bfloat16, block=128)
+    native = results(case)
+    monkeypatch.setattr(cpu, "PAIRS", False)
+    for portable, expected in zip(results(case), native, strict=True):
+        torch.testing.assert_close(portable, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_whose_result_is_not_finite_keeps_its_stock_output():
+    case = problem([40, 50], [1, 1])
+    case.query[1, 2] = float("nan")
+    heads = torch.ones(2, 6, dtype=torch.bool)
+    output, changes = torch.ones_like(case.query), Changes.none(2, 6)
+    attention(case, heads).rescale(output, key_zero(2), torch.full((2, 6), 0.5), changes)
+    assert changes.finite.tolist() == [True, False]
+    assert torch.equal(output[1, 2], torch.ones(32))
+    assert (output[0] != 1).any(-1).all()

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrators import reference
+from calibrators.interface import Masses
+from calibrators.zerotuning import ZeroTuning
 from server.kernels import cpu
-from server.kernels.partials import PoolMap
-from tests.server.kernels.paging import Problem, problem
+from server.kernels.partials import Changes, PoolMap
+from tests.server.kernels.paging import Problem, attention, problem
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 EPS = torch.finfo(torch.float32).eps
@@ -33,6 +35,9 @@ def problems(draw) -> Problem:
         block=block,
         seed=draw(st.integers(0, 2**20)),
         window=draw(st.sampled_from([0, 0, 1, 20, 200])),
+        soft_cap=draw(st.sampled_from([0.0, 0.0, 3.0])),
+        alibi=draw(st.booleans()),
+        sinks=draw(st.booleans()),
     )
 
 
@@ -94,9 +99,7 @@ def within(measured: torch.Tensor, rough: torch.Tensor, exact: torch.Tensor) -> 
 def test_partials_match_the_reference(drawn):
     case, pools = drawn
     heads = torch.ones(len(pools), case.query.shape[1], dtype=torch.bool)
-    got = cpu.pool_partials(
-        case.query, case.cache, case.rows, pool_map(pools), heads, case.geometry
-    )
+    got = attention(case, heads).pool_partials(pool_map(pools))
     rough, exact = dense(case, pools, torch.float32), dense(case, pools, torch.float64)
     assert torch.isfinite(got.mass).all() and torch.isfinite(got.value).all()
     assert within(got.mass, rough[0], exact[0])
@@ -112,9 +115,7 @@ def test_only_selected_heads_are_touched(case, data):
     )
     heads = torch.tensor([chosen] * len(case.keys))
     keys = [[[0]] for _ in case.keys]
-    partials = cpu.pool_partials(
-        case.query, case.cache, case.rows, pool_map(keys), heads, case.geometry
-    )
+    partials = attention(case, heads).pool_partials(pool_map(keys))
     assert partials.mass[:, ~heads[0]].count_nonzero() == 0
     output = torch.randn(count, query_heads, head_dim).to(case.query.dtype)
     before = output.clone()
@@ -130,5 +131,38 @@ def test_only_selected_heads_are_touched(case, data):
 def test_a_pool_of_all_keys_is_the_whole_attention(case):
     keys = [[list(range(len(key)))] for key in case.keys]
     heads = torch.ones(len(keys), case.query.shape[1], dtype=torch.bool)
-    got = cpu.pool_partials(case.query, case.cache, case.rows, pool_map(keys), heads, case.geometry)
-    torch.testing.assert_close(got.mass, torch.ones_like(got.mass), atol=2e-5, rtol=0)
+    got = attention(case, heads).pool_partials(pool_map(keys))
+    whole = torch.cat([case.dense(r)[0].sum(-1) for r in range(len(keys))])
+    torch.testing.assert_close(got.mass[..., 0].double(), whole, atol=2e-5, rtol=0)
+
+
+@settings(max_examples=80)
+@given(pooled(), st.data())
+def test_rescaling_is_partials_and_combine_in_one(drawn, data):
+    """With ZeroTuning's own coefficients, which declare that they have this closed form."""
+    case, pools = drawn
+    count, query_heads, head_dim = case.query.shape
+    factors = st.sampled_from([0.01, 0.5, 1.0, 3.0, 100.0])
+    factor = torch.tensor([[data.draw(factors) for _ in range(query_heads)] for _ in pools])
+    heads = torch.tensor([[data.draw(st.booleans()) for _ in range(query_heads)] for _ in pools])
+    slot, only = case.rows.slot.long(), pool_map([slot[:1] for slot in pools])
+    stock = torch.randn(count, query_heads, head_dim).to(case.query.dtype)
+    measured = attention(case, heads)
+
+    partials = measured.pool_partials(only)
+    asked = ZeroTuning().coefficients(Masses(partials.mass), {"gamma": factor[slot]})
+    touched = heads[slot] & asked.apply
+    expected = stock.clone()
+    cpu.combine(expected, case.rows, touched, partials, asked.pools, asked.rest)
+
+    changes = Changes.none(count, query_heads)
+    output = stock.clone()
+    measured.rescale(output, only, factor, changes)
+
+    assert torch.equal(output[~touched], stock[~touched])
+    torch.testing.assert_close(output, expected)
+    assert torch.equal(changes.count, touched.int())
+    assert changes.finite.all()
+    for found, name in ((changes.before, "before"), (changes.after, "after")):
+        statistic = asked.statistics[f"key0_mass_{name}"] * touched
+        torch.testing.assert_close(found, statistic, atol=1e-6, rtol=1e-4)

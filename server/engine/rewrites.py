@@ -1,0 +1,162 @@
+"""How the rows of one method are rewritten in the layers of a step, and what was done to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from calibrators.interface import Calibrator, Masses
+from server.engine.guard import attempt
+from server.engine.stack import Stack
+from server.kernels import cpu as kernels
+from server.kernels.partials import Changes, RowMap
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What was done to each row over all layers of a step.
+
+    Attributes:
+        finite: bool `[rows]`; False where something went wrong and the request must fail.
+        count: int `[rows]`, heads and layers rewritten.
+        sums: float `[rows]` by statistic, over what `count` counts.
+    """
+
+    finite: npt.NDArray[np.bool_]
+    count: npt.NDArray[Any]
+    sums: Mapping[str, npt.NDArray[Any]]
+
+
+class Rewrite(Protocol):
+    """Rewrites rows layer by layer."""
+
+    def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
+        """Rewrite the rows of the stock `output` `[tokens, heads, head_dim]` in place."""
+        ...
+
+    def done(self) -> Done:
+        """The account, once the last layer has run."""
+        ...
+
+
+def rewrite(calibrator: Calibrator, stack: Stack, rows: RowMap) -> Rewrite:
+    """The quickest way a method allows."""
+    if _rescales(type(calibrator)):
+        return Rescaling(calibrator, stack, rows)
+    return Recombining(calibrator, stack, rows)
+
+
+def _rescales(method: type[Calibrator]) -> bool:
+    """A closed form is that of the `coefficients` beside it, and not of a subclass's own."""
+    for base in method.__mro__:
+        if "rescales" in vars(base) or "coefficients" in vars(base):
+            return vars(base).get("rescales") is not None and "coefficients" in vars(base)
+    return False
+
+
+class Rescaling:
+    """Of a method that multiplies its pool by a parameter: one kernel, and no call per layer."""
+
+    def __init__(self, calibrator: Calibrator, stack: Stack, rows: RowMap) -> None:
+        self._pool = calibrator.pools[0]
+        self._factors = stack.parameters[str(calibrator.rescales)]
+        self._pools = stack.pools
+        self._changes = Changes.none(len(rows.token), stack.heads[0].shape[1])
+
+    def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
+        """Rewrite one layer."""
+        attention.rescale(output, self._pools[layer], self._factors[layer], self._changes)
+
+    def done(self) -> Done:
+        """The kernel's own account."""
+        count, before, after, finite = self._changes.arrays
+        sums = {
+            f"{self._pool}_mass_before": before.sum(1),
+            f"{self._pool}_mass_after": after.sum(1),
+        }
+        return Done(finite, count.sum(1), sums)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a calibrator does to its rows in one layer.
+
+    Attributes:
+        touched: bool `[rows, heads]`, outputs that are rewritten.
+        factors: float32 `[rows, heads, pools]`, head scale included.
+        rest: float32 `[rows, heads]`, head scale included.
+        statistics: float32 `[rows, heads]` each.
+    """
+
+    touched: Tensor
+    factors: Tensor
+    rest: Tensor
+    statistics: Mapping[str, Tensor]
+
+
+@dataclass
+class Recombining:
+    """Of any method: measure the pools, ask for coefficients, combine."""
+
+    calibrator: Calibrator
+    stack: Stack
+    rows: RowMap
+    _finite: Tensor = field(init=False)
+    _changes: list[Change] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._slot = self.rows.slot.long()
+        self._finite = torch.ones(len(self._slot), dtype=torch.bool)
+
+    def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
+        """Rewrite one layer; a calibrator that raises fails its requests alone."""
+        partials = attention.pool_partials(self.stack.pools[layer])
+        change = attempt(self.calibrator.name, partial(self._change, layer, partials.mass))
+        if change is None:
+            self._finite[:] = False
+            return
+        self._finite &= kernels.combine(
+            output, self.rows, change.touched, partials, change.factors, change.rest
+        )
+        self._changes.append(change)
+
+    def _change(self, layer: int, mass: Tensor) -> Change:
+        """Ask the calibrator, and have its answer in the shapes and types of the kernels.
+
+        Those check nothing: whatever does not fit has to raise here.
+        """
+        tables = self.stack.parameters
+        parameters = {name: table[layer][self._slot] for name, table in tables.items()}
+        result = self.calibrator.coefficients(Masses(mass), parameters)
+        selected = self.stack.heads[layer][self._slot]
+        touched = selected if result.apply is None else selected & result.apply
+        factors = mass if result.pools is None else result.pools
+        rest = result.rest
+        if result.scale is not None:
+            factors, rest = factors * result.scale[..., None], rest * result.scale
+        return Change(
+            touched.expand_as(selected).contiguous(),
+            factors.float().expand_as(mass).contiguous(),
+            rest.float().expand(selected.shape).contiguous(),
+            {name: s.float().expand(selected.shape) for name, s in result.statistics.items()},
+        )
+
+    def done(self) -> Done:
+        """Add up the layers."""
+        if not self._changes:
+            return Done(self._finite.numpy(), np.zeros(len(self._slot)), {})
+        touched = torch.stack([change.touched for change in self._changes])
+        sums = {name: self._sum(name, touched) for name in self._changes[0].statistics}
+        return Done(self._finite.numpy(), touched.sum((0, 2)).numpy(), sums)
+
+    def _sum(self, statistic: str, touched: Tensor) -> npt.NDArray[Any]:
+        values = torch.stack([change.statistics[statistic] for change in self._changes])
+        total: npt.NDArray[Any] = torch.where(touched, values, 0).sum((0, 2)).numpy()
+        return total

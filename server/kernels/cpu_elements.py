@@ -1,0 +1,96 @@
+"""Elements of the CPU kernels: bit patterns in, float32 to compute with, bit patterns out.
+
+numpy knows no bfloat16 and numba computes with neither half type: uint16 stands for bfloat16,
+int16 for float16. Logits are in base 2, so that a softmax takes powers of two.
+"""
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from server.kernels.cpu_vector import float_to_half, half_to_float
+
+# Everything but the licence to ignore NaN and infinity.
+FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
+
+
+def widen(x):
+    """`x` as float32."""
+    raise NotImplementedError
+
+
+@overload(widen, inline="always")
+def _widen_for(x):
+    if x == types.uint16:
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    if x == types.int16:
+        return lambda x: half_to_float(x)
+    return lambda x: x
+
+
+def pair(low, high):
+    """Two elements in 32 bits; 0 where they have more than 16 each."""
+    raise NotImplementedError
+
+
+@overload(pair, inline="always")
+def _pair_for(low, high):
+    if low == types.uint16:
+        return lambda low, high: np.uint32(low) | (np.uint32(high) << np.uint32(16))
+    return lambda low, high: np.uint32(0)
+
+
+def store(row, x):
+    """Round float32 `x` to the type of `row`, to nearest even."""
+    raise NotImplementedError
+
+
+@overload(store, inline="always")
+def _store_for(row, x):
+    if row.dtype == types.uint16:
+
+        def rounded(row, x):
+            for d in range(row.shape[0]):
+                bits = np.float32(x[d]).view(np.uint32)
+                even = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+                row[d] = np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16)
+
+    elif row.dtype == types.int16:
+
+        def rounded(row, x):
+            for d in range(row.shape[0]):
+                row[d] = float_to_half(x[d])
+
+    else:
+
+        def rounded(row, x):
+            for d in range(row.shape[0]):
+                row[d] = x[d]
+
+    return rounded
+
+
+@njit(inline="always")
+def power(x):
+    """`2^x` for x <= 0 to 2 ulp, in operations that vectorise (`np.exp2` does not)."""
+    y = np.float32(-126) if x < np.float32(-126) else x  # keeps NaN
+    whole = np.floor(y + np.float32(0.5))
+    f = y - whole
+    p = np.float32(1.3276471e-3)
+    p = p * f + np.float32(9.6755414e-3)
+    p = p * f + np.float32(5.5507133e-2)
+    p = p * f + np.float32(2.4022120e-1)
+    p = p * f + np.float32(6.9314697e-1)
+    p = p * f + np.float32(1)
+    return p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(inline="always")
+def chosen_heads(heads, slot, kv, group, chosen):
+    """Fill `chosen` with the slot's selected query heads of a KV head; how many there are."""
+    count = 0
+    for h in range(kv * group, (kv + 1) * group):
+        if heads[slot, h]:
+            chosen[count] = h
+            count += 1
+    return count
