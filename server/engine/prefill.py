@@ -95,7 +95,7 @@ def chunk(policy: Prefill, prompt: int, computed: int, offered: int) -> int:
         computed: positions below this are done.
         offered: tokens the step has left for this request.
     """
-    if policy is Prefill.WHOLE and computed < prompt:
+    if policy is Prefill.WHOLE:
         return offered if computed + offered >= prompt else 0
     if policy is Prefill.SPLIT_LAST and computed < prompt - 1:
         return min(offered, prompt - 1 - computed)
