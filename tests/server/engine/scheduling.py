@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
+from zlib import crc32
 
 import torch
 from vllm import SamplingParams
@@ -62,7 +63,7 @@ class Driver:
             sharing = policy is Prefill.ANY or shareable
             payload = Payload(name, (), policy, sharing)
             params.extra_args = {KEY: payload.to_extra_args()}
-        start = 1 + hash(name if seed is None else seed) % 4000
+        start = 1 + (crc32(name.encode()) if seed is None else seed) % 4000
         prompt = [start + i % 999 for i in range(length)]
         hasher = get_request_block_hasher(BLOCK, sha256)
         self.scheduler.add_request(
