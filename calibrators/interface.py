@@ -108,7 +108,11 @@ class Bound:
 
 
 class Prefill(Enum):
-    """How a prompt may be cut into steps."""
+    """How a prompt may be cut into steps.
+
+    Under anything but `ANY`, cached KV is shared with no other request: what a row holds depends
+    on where its prompt ends.
+    """
 
     ANY = "any"
     """Any chunks: a row depends only on keys and statistics at or before it."""

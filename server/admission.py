@@ -10,7 +10,7 @@ import hmac
 import json
 import reprlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from calibrators.canonical import RECEIPT_DIGITS, canonical_json, digest
 from calibrators.interface import Bound, CalibrationError, Calibrator, ModelFacts, Prefill
+from server.engine.facts import StepLimit
 
 FIELD = "calibration"
 OFF = "none"
@@ -63,6 +64,16 @@ REASONS = (
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillRule:
+    """How a request's prompt may be cut into steps, and which calibration says so."""
+
+    policy: Prefill = Prefill.ANY
+    path: str = FIELD
+    method: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Admitted:
     """Calibrations that will be applied, in order.
 
@@ -71,12 +82,14 @@ class Admitted:
         digest: 64 hex digits over the canonical form and the model.
         touches_prompt_kv: cached KV is shared only between equal digests.
         shareable: cached KV may be shared at all.
+        prefill: the strictest of its calibrations' rules.
     """
 
     bounds: tuple[Bound, ...]
     digest: str
     touches_prompt_kv: bool
     shareable: bool
+    prefill: PrefillRule = PrefillRule()
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -98,7 +111,7 @@ class Admitted:
 
         HMAC-SHA256 in hex: nobody without the key can choose a salt that meets it.
         """
-        if not self.touches_prompt_kv:
+        if self.shareable and not self.touches_prompt_kv:
             return user_salt
         parts = [self.digest, tenant, user_salt]
         if not self.shareable:
@@ -115,6 +128,7 @@ class Admission:
         model: identity of the served model, part of every digest.
         default: `calibration` of requests that say nothing.
         limit: calibrations per request at most.
+        step: the most tokens of one prompt that a step takes; None for any number.
 
     Raises:
         Refusal: the default itself is not admissible.
@@ -128,11 +142,13 @@ class Admission:
         *,
         default: object = None,
         limit: int = 2,
+        step: StepLimit | None = None,
     ) -> None:
         self.calibrators = calibrators
         self.facts = facts
         self._model = model
         self._limit = limit
+        self._step = step
         self._default: Admitted | None = None
         self._default = self.admit(default)
 
@@ -149,15 +165,40 @@ class Admission:
             return self._default
         if field == OFF:
             return None
-        pairs = [self._bind(entry, path) for entry, path in self._entries(field)]
+        entries = self._entries(field)
+        pairs = [self._bind(entry, path) for entry, path in entries]
         self._check_combination([calibrator for calibrator, _ in pairs])
+        rule = _strictest(
+            PrefillRule(calibrator.prefill(bound), path, calibrator.name, calibrator.title)
+            for (calibrator, bound), (_, path) in zip(pairs, entries, strict=True)
+        )
         pairs.sort(key=lambda pair: not pair[0].reweights)
         canonical = canonical_json([(b, c.revision) for c, b in pairs], self._model)
+        causal = all(calibrator.causal for calibrator, _ in pairs)
         return Admitted(
             tuple(bound for _, bound in pairs),
             digest(canonical),
             any(calibrator.touches_prompt_kv for calibrator, _ in pairs),
-            all(calibrator.causal for calibrator, _ in pairs),
+            # Where the cut depends on the prompt's end, so does what the rows before it hold.
+            causal and rule.policy is Prefill.ANY,
+            rule,
+        )
+
+    def check_prompt(self, admitted: Admitted, length: int) -> None:
+        """Refuse a prompt of `length` tokens that never fits into the one step it needs.
+
+        Raises:
+            Refusal: names the length, the limit and the flag.
+        """
+        rule, step = admitted.prefill, self._step
+        if rule.policy is not Prefill.WHOLE or step is None or length <= step.tokens:
+            return
+        raise Refusal(
+            "unsupported_feature",
+            rule.path,
+            f"{rule.title} needs the whole prompt in one step; this prompt has {length} tokens, "
+            f"a step takes {step.tokens}: shorten it, or serve with a higher {step.flag}",
+            rule.method,
         )
 
     def unavailable(self, calibrator: Calibrator) -> str | None:
@@ -202,12 +243,12 @@ class Admission:
 
     def _check_supported(self, calibrator: Calibrator, bound: Bound, path: str) -> None:
         """Refuse what a third party's method asks for and this engine cannot do."""
-        if calibrator.observe(bound) or calibrator.prefill(bound) is not Prefill.ANY:
+        if calibrator.observe(bound):
             raise Refusal(
                 "unsupported_feature",
                 path,
-                f"{calibrator.title} needs observations or a prefill policy that this version "
-                "of the engine does not provide",
+                f"{calibrator.title} needs observations that this version of the engine does "
+                "not provide",
                 calibrator.name,
             )
 
@@ -223,6 +264,21 @@ class Admission:
                     f"{names} both {what}; at most one such calibrator is allowed per request",
                     group[1].name,
                 )
+
+
+def _strictest(rules: Iterable[PrefillRule]) -> PrefillRule:
+    """The one rule of several that all agree to."""
+    strict = {rule.policy: rule for rule in rules if rule.policy is not Prefill.ANY}
+    if len(strict) > 1:
+        whole, split = strict[Prefill.WHOLE].method, strict[Prefill.SPLIT_LAST].method
+        raise Refusal(
+            "combination",
+            FIELD,
+            f"{whole} needs the whole prompt in one step and {split} its last token in a step of "
+            "its own; at most one of them is allowed per request",
+            split,
+        )
+    return next(iter(strict.values()), PrefillRule())
 
 
 def _name_of(entry: object, path: str) -> tuple[str, Mapping[str, Any], str]:

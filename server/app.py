@@ -22,7 +22,8 @@ from calibrators import registry
 from server import errors
 from server.admission import Admission, Refusal
 from server.engine import startup
-from server.engine.facts import calibrators_of, model_facts, model_identity
+from server.engine.facts import calibrators_of, model_facts, model_identity, step_limit
+from server.engine.prompts import inspect
 from server.engine.reports import listen, on_shutdown
 from server.front_end import FrontEnd
 from server.metrics import Metrics
@@ -66,6 +67,7 @@ class TrimtabEndpoint:
         await startup.verify_workers(engine_client)
         front_end = build_front_end(engine_client, Settings.from_args(args))
         state.trimtab = front_end
+        inspect(engine_client, front_end.check_prompt)
         listen(engine_client, front_end.report)
         on_shutdown(engine_client, lambda: setattr(front_end, "draining", True))
         handle_errors(self._app)
@@ -106,6 +108,7 @@ def build_front_end(engine_client: EngineClient, settings: Settings) -> FrontEnd
             model_identity(config),
             default=settings.default_calibration,
             limit=settings.max_calibrations_per_request,
+            step=step_limit(config),
         )
     except Refusal as refusal:
         raise startup.StartupRefused(f"--default-calibration: {refusal.message}") from None

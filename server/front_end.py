@@ -44,6 +44,21 @@ class FrontEnd:
         self.desk.close(receipt)
         self.metrics.closed(receipt, answered=answered)
 
+    def withdraw(self, receipt: Receipt) -> None:
+        """The request is refused after all."""
+        self.desk.close(receipt)
+        self.metrics.withdrawn(receipt)
+
+    def check_prompt(self, ticket: str, length: int) -> None:
+        """See a prompt, tokenised, before the engine does.
+
+        Raises:
+            Refusal: the calibration it asks for cannot take a prompt of this length.
+        """
+        receipt = self.desk.get(ticket)
+        if receipt is not None:
+            self.admission.check_prompt(receipt.admitted, length)
+
     def report(self, report: Report, choice: int) -> None:
         """A report came from the engine, `choice` counted within its prompt."""
         self.desk.record(report, choice)

@@ -103,7 +103,7 @@ class Metrics:
             self._profile_loads.labels(outcome)
 
     def refused(self, refusal: Refusal) -> None:
-        """A request was refused at admission."""
+        """A request was refused for its calibration."""
         self._rejections.labels(refusal.reason).inc()
         if refusal.method is not None:
             self._requests.labels(refusal.method, "rejected").inc()
@@ -112,6 +112,11 @@ class Metrics:
         """A calibrated request starts."""
         for method in receipt.admitted.methods:
             self._active.labels(method).inc()
+
+    def withdrawn(self, receipt: Receipt) -> None:
+        """A calibrated request was refused once its prompt was known."""
+        for method in receipt.admitted.methods:
+            self._active.labels(method).dec()
 
     def closed(self, receipt: Receipt, *, answered: bool) -> None:
         """A calibrated request ended, answered in full or not."""

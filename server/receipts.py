@@ -50,7 +50,9 @@ class Receipt:
         """Entry of `extra_args` for the next prompt."""
         ticket = f"{self._id}-{len(self._tickets)}"
         self._tickets.append(ticket)
-        return {KEY: Payload(ticket, self.admitted.bounds).to_extra_args()}
+        admitted = self.admitted
+        payload = Payload(ticket, admitted.bounds, admitted.prefill.policy, admitted.shareable)
+        return {KEY: payload.to_extra_args()}
 
     def record(self, report: Report, choice: int) -> None:
         """Take a report on choice `choice` of its ticket's prompt; later ones replace it.
@@ -143,6 +145,10 @@ class ReceiptDesk:
         entry = receipt.issue()
         self._open[receipt.tickets[-1]] = receipt
         return entry
+
+    def get(self, ticket: str) -> Receipt | None:
+        """The open receipt a ticket was issued for."""
+        return self._open.get(ticket)
 
     def record(self, report: Report, choice: int) -> None:
         """Hand a report to its receipt; one that is closed already needs it no more."""

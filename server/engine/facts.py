@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from calibrators.interface import ModelFacts
@@ -10,6 +11,29 @@ from server.engine.payload import KEY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimit:
+    """The most tokens of one prompt that a step takes, and the flag that says so."""
+
+    tokens: int
+    flag: str
+
+
+def step_limit(vllm_config: VllmConfig) -> StepLimit:
+    """What bounds a prompt that has to be prefilled in one step."""
+    scheduler = vllm_config.scheduler_config
+    limits = {
+        "--max-num-batched-tokens": scheduler.max_num_batched_tokens,
+        "--max-num-scheduled-tokens": scheduler.max_num_scheduled_tokens,
+        "--long-prefill-token-threshold": scheduler.long_prefill_token_threshold,
+    }
+    # None and 0 stand for no limit.
+    return min(
+        (StepLimit(tokens, flag) for flag, tokens in limits.items() if tokens),
+        key=lambda limit: limit.tokens,
+    )
 
 
 def model_facts(vllm_config: VllmConfig) -> ModelFacts:

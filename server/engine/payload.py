@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from calibrators.interface import Bound
+from calibrators.interface import Bound, Prefill
 
 KEY = "trimtab"
 
@@ -24,14 +24,23 @@ class Payload:
         ticket: unique per prompt of a client's request; finds the receipt again. Engine request
             ids will not do: clients may choose and repeat them.
         calibrations: bound and in the order they are applied.
+        prefill: how the prompt may be cut into steps.
+        shareable: cached KV of other requests may be used.
     """
 
     ticket: str
     calibrations: tuple[Bound, ...]
+    prefill: Prefill = Prefill.ANY
+    shareable: bool = True
 
     def to_extra_args(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {"ticket": self.ticket, "calibrations": [asdict(b) for b in self.calibrations]}
+        return {
+            "ticket": self.ticket,
+            "calibrations": [asdict(bound) for bound in self.calibrations],
+            "prefill": self.prefill.value,
+            "shareable": self.shareable,
+        }
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> Payload | None:
@@ -39,7 +48,12 @@ class Payload:
         entry = (extra_args or {}).get(KEY)
         if not isinstance(entry, Mapping):
             return None
-        return cls(entry["ticket"], tuple(Bound(**bound) for bound in entry["calibrations"]))
+        return cls(
+            entry["ticket"],
+            tuple(Bound(**bound) for bound in entry["calibrations"]),
+            Prefill(entry["prefill"]),
+            entry["shareable"],
+        )
 
 
 @dataclass(slots=True)

@@ -1,23 +1,25 @@
-"""vLLM's scheduler, passing the workers' reports on to the front end."""
+"""vLLM's schedulers, passing the workers' reports on to the front end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.engine import FinishReason
 
 from server.engine.payload import KEY, Report
+from server.engine.prefill import PrefillScheduler
 from server.engine.worker import ATTRIBUTE
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
 
 
-class CalibratedScheduler(Scheduler):
+class CalibratedScheduler(PrefillScheduler):
     """Scheduler whose outputs carry calibration reports.
 
     A report rides on every output of its request, not only on the last: a stop string ends a
@@ -54,6 +56,20 @@ class CalibratedScheduler(Scheduler):
             for group in self.kv_cache_manager.get_block_ids(name)
             for block in group
         }
+
+
+class CalibratedAsyncScheduler(CalibratedScheduler, AsyncScheduler):
+    """The same over vLLM's asynchronous scheduler."""
+
+
+def make_scheduler(vllm_config: VllmConfig, **parts: Any) -> CalibratedScheduler:  # noqa: ANN401
+    """What vLLM calls in place of a class, with the arguments of its scheduler.
+
+    Whether scheduling is asynchronous is settled after the class has been named.
+    """
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    scheduler = CalibratedAsyncScheduler if asynchronous else CalibratedScheduler
+    return scheduler(vllm_config=vllm_config, **parts)
 
 
 def _attach(output: EngineCoreOutput, report: Report | None) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 WORKER = "server.engine.worker.CalibratedCPUWorker"
-SCHEDULER = "server.engine.scheduler.CalibratedScheduler"
+SCHEDULER = "server.engine.scheduler.make_scheduler"
 TESTED_VERSIONS = ("0.32.",)
 
 

@@ -57,6 +57,12 @@ async def answer(request: AnyRequest, raw_request: Request, handler: Handler) ->
     try:
         admitted = front_end.admission.admit(request.calibration)
         check_honourable(request, admitted)
+        if admitted is None:
+            return _unified(await handler(request, raw_request))
+        request.cache_salt = front_end.cache_salt(admitted, request.cache_salt, raw_request)
+        receipt = front_end.open(admitted, request.n or 1)
+        request.calibrate_with(lambda: front_end.desk.issue(receipt))
+        return await calibrated(request, raw_request, handler, receipt)
     except Refusal as refusal:
         front_end.metrics.refused(refusal)
         raise ApiError(
@@ -65,12 +71,6 @@ async def answer(request: AnyRequest, raw_request: Request, handler: Handler) ->
             param=refusal.param,
             code=INVALID_CALIBRATION,
         ) from None
-    if admitted is None:
-        return _unified(await handler(request, raw_request))
-    request.cache_salt = front_end.cache_salt(admitted, request.cache_salt, raw_request)
-    receipt = front_end.open(admitted, request.n or 1)
-    request.calibrate_with(lambda: front_end.desk.issue(receipt))
-    return await calibrated(request, raw_request, handler, receipt)
 
 
 def check_honourable(request: AnyRequest, admitted: Admitted | None) -> None:
@@ -104,27 +104,35 @@ def check_honourable(request: AnyRequest, admitted: Admitted | None) -> None:
 async def calibrated(
     request: AnyRequest, raw_request: Request, handler: Handler, receipt: Receipt
 ) -> Response | None:
-    """Answer a calibrated request; its receipt is closed when the last byte is out."""
+    """Answer a calibrated request; its receipt is closed when the last byte is out.
+
+    Raises:
+        Refusal: its prompt, known only now, cannot be calibrated as asked.
+    """
     front_end: FrontEnd = raw_request.app.state.trimtab
-    streaming = False
+    settled = False
     answered = False
     try:
         response = await handler(request, raw_request)
         if isinstance(response, StreamingResponse):
             response = ReceiptedStream(response, front_end, receipt)
-            streaming = True
+            settled = True
         elif isinstance(response, JSONResponse) and response.status_code == HTTPStatus.OK:
             response = _with_receipt(response, receipt)
             answered = True
         if response is not None and response.status_code == HTTPStatus.OK:
             response.headers[HEADER] = receipt.admitted.header
         return _unified(response)
+    except Refusal:
+        front_end.withdraw(receipt)
+        settled = True
+        raise
     except NotApplied as error:
         raise ApiError(
             HTTPStatus.INTERNAL_SERVER_ERROR, str(error), code="calibration_not_applied"
         ) from None
     finally:
-        if not streaming:
+        if not settled:
             front_end.close(receipt, answered=answered)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.plugins import install
 from tests.integration.serving import Server, serving
 
 NEIGHBOURS = 31
@@ -43,14 +44,10 @@ class Faulty(ZeroTuning):
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("plugin")
-    (folder / "faulty.py").write_text(FAULTY)
-    info = folder / "faulty-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[trimtab.calibrators]\nfaulty = faulty:Faulty\n")
+    env = install(folder, "faulty", FAULTY, "[trimtab.calibrators]\nfaulty = faulty:Faulty\n")
     # float32: batches over HTTP are not composed alike twice, and rounding depends on it.
     flags = ["--calibrators", "zerotuning,faulty", "--max-model-len", "1024", "--dtype", "float32"]
-    with serving(folder / "log", *flags, env={"PYTHONPATH": str(folder)}) as running:
+    with serving(folder / "log", *flags, env=env) as running:
         yield running
 
 

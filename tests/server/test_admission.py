@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibrators import registry
-from calibrators.interface import Bound, CalibrationError, ColumnMeans, ModelFacts, Prefill
+from calibrators.interface import Bound, CalibrationError, ColumnMeans, ModelFacts
 from server.admission import MAX_KEYS, REASONS, Admission, Admitted, Refusal
 
 FACTS = ModelFacts("LlamaForCausalLM", 4, 6, 2, 32, 192, 512)
@@ -154,16 +154,9 @@ def test_vision_methods_need_a_vision_model(make_admission, make_facts):
     assert admission.unavailable(admission.calibrators["vision"]) is None
 
 
-@pytest.mark.parametrize(
-    "need",
-    [
-        {"observe": lambda self, bound: (ColumnMeans(0),)},
-        {"prefill": lambda self, bound: Prefill.WHOLE},
-        {"prefill": lambda self, bound: Prefill.SPLIT_LAST},
-    ],
-)
-def test_what_the_engine_cannot_do_yet_is_refused(make_admission, make_calibrator, need):
-    refusal = refused("needy", make_admission(make_calibrator("needy", **need)))
+def test_what_the_engine_cannot_do_yet_is_refused(make_admission, make_calibrator):
+    needy = make_calibrator("needy", observe=lambda self, bound: (ColumnMeans(0),))
+    refusal = refused("needy", make_admission(needy))
     assert (refusal.reason, refusal.method) == ("unsupported_feature", "needy")
 
 
@@ -353,8 +346,10 @@ def test_nobody_chooses_the_salt_of_another_calibration():
     assert admitted(digest="a").cache_salt(KEY, "tenant", target) != target
 
 
-def test_what_may_not_be_shared_gets_a_salt_of_its_own():
-    salts = {admitted(shareable=False).cache_salt(KEY, "t", "u") for _ in range(50)}
+@pytest.mark.parametrize("touches", [False, True])
+def test_what_may_not_be_shared_gets_a_salt_of_its_own(touches):
+    alone = admitted(touches=touches, shareable=False)
+    salts = {alone.cache_salt(KEY, "t", "u") for _ in range(50)}
     assert len(salts) == 50
     assert all(re.fullmatch("[0-9a-f]{64}", salt) for salt in salts)
 

@@ -155,6 +155,17 @@ def test_refusals_count_by_reason_and_method(metrics):
     assert metrics.value("trimtab_requests_total", **rejected) == 1
 
 
+def test_a_request_refused_late_is_no_longer_active(metrics):
+    receipt = make_receipt()
+    metrics.opened(receipt)
+    metrics.withdrawn(receipt)
+    metrics.refused(Refusal("unsupported_feature", "calibration", "no", "zerotuning"))
+    assert metrics.value("trimtab_active_requests", calibrator="zerotuning") == 0
+    for outcome, count in {"rejected": 1, "failed": 0, "applied": 0}.items():
+        labels = {"calibrator": "zerotuning", "outcome": outcome}
+        assert metrics.value("trimtab_requests_total", **labels) == count
+
+
 def test_seconds_are_observed_where_a_report_has_them(metrics):
     metrics.stepped(Report("ticket", [], {"zerotuning": 0.002}))
     metrics.stepped(Report("ticket", []))

@@ -3,13 +3,14 @@ import json
 import msgspec
 import pytest
 
+from calibrators.interface import Prefill
 from server.engine.payload import KEY, Payload, Report, Tally
 
 TALLIES = [Tally(5, 2, {"key0_mass_before": 0.25}, 7), Tally()]
 
 
 def test_a_payload_survives_the_way_down(bound):
-    payload = Payload("ticket", (bound, bound))
+    payload = Payload("ticket", (bound, bound), Prefill.WHOLE, shareable=False)
     entry = payload.to_extra_args()
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode(entry))
     assert json.loads(json.dumps(entry)) == carried

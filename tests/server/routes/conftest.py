@@ -29,6 +29,7 @@ class FakeEngine:
         requests: every request that came through, as it came.
         payloads: of each prompt's sampling parameters, None for plain ones.
         prompts: number of prompts in a request.
+        length: of each prompt in tokens.
         silent: (prompt, choice) pairs on which no report comes.
         status: of answers that are not streamed.
         chunks: a stream's lines, in place of one finishing chunk per choice.
@@ -39,6 +40,7 @@ class FakeEngine:
         self.requests = []
         self.payloads = []
         self.prompts = 1
+        self.length = 5
         self.silent = set()
         self.status = 200
         self.chunks = None
@@ -59,6 +61,8 @@ class FakeEngine:
             params = request.to_sampling_params(16, {})
             payload = Payload.from_extra_args(params.extra_args)
             self.payloads.append(payload)
+            if payload is not None:
+                front_end.check_prompt(payload.ticket, self.length)
             for choice in range(params.n):
                 if payload is not None and (prompt, choice) not in self.silent:
                     tallies = [Tally(5, 3, {"key0_mass_before": 4.0}, 8)] * len(

@@ -1,0 +1,24 @@
+from types import SimpleNamespace
+
+import pytest
+
+from server.engine.facts import StepLimit, step_limit
+
+
+@pytest.mark.parametrize(
+    ("batched", "scheduled", "threshold", "expected"),
+    [
+        (2048, None, 0, StepLimit(2048, "--max-num-batched-tokens")),
+        (2048, 2048, 0, StepLimit(2048, "--max-num-batched-tokens")),
+        (2048, 1024, 0, StepLimit(1024, "--max-num-scheduled-tokens")),
+        (2048, 1024, 512, StepLimit(512, "--long-prefill-token-threshold")),
+        (256, None, 512, StepLimit(256, "--max-num-batched-tokens")),
+    ],
+)
+def test_the_lowest_limit_counts(batched, scheduled, threshold, expected):
+    scheduler = SimpleNamespace(
+        max_num_batched_tokens=batched,
+        max_num_scheduled_tokens=scheduled,
+        long_prefill_token_threshold=threshold,
+    )
+    assert step_limit(SimpleNamespace(scheduler_config=scheduler)) == expected
