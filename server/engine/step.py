@@ -16,6 +16,7 @@ from torch import Tensor
 from calibrators.interface import Calibrator, Masses
 from server.engine.batch import Member, pool_map, row_map
 from server.engine.guard import attempt
+from server.engine.ranks import Share, Union, alone
 from server.engine.requests import Program
 from server.kernels import cpu as kernels
 from server.kernels.partials import AttentionGeometry, PagedCache, PoolMap, RowMap
@@ -158,34 +159,36 @@ class MethodStep:
             {name: s.float().expand(selected.shape) for name, s in result.statistics.items()},
         )
 
-    def tally(self) -> None:
-        """Add what was done to the tallies of the requests, new positions only."""
-        for slot in self._slot[~self._finite].tolist():
-            self._batch[slot].request.failed = True
+    def share(self) -> Share:
+        """What this rank did, new positions only."""
+        count = np.zeros(len(self._batch))
+        finite = self._finite.numpy()
         if not self._touched:
-            return
-        position, slot = self._rows.position.numpy(), self._slot.numpy()
+            return Share(np.zeros(len(finite), np.bool_), finite, count, {})
         covered = np.array([member.request.covered for member in self._batch])
-        lengths = np.array([member.request.prompt.length for member in self._batch])
-        fresh = position >= covered[slot]
+        fresh = self._rows.position.numpy() >= covered[self._slot.numpy()]
         touched = torch.stack(self._touched).numpy() & fresh[:, None]
-        done = touched.any((0, 2))
-        prompt = position < lengths[slot]
-        totals = {
-            "prompt_tokens": self._per_slot(done & prompt),
-            "completion_tokens": self._per_slot(done & ~prompt),
-            "count": self._per_slot(touched.sum((0, 2))),
-        }
         sums = {
             name: self._per_slot((self._stacked(name) * touched).sum((0, 2)))
             for name in self._statistics[0]
         }
+        return Share(touched.any((0, 2)), finite, self._per_slot(touched.sum((0, 2))), sums)
+
+    def tally(self, share: Share) -> None:
+        """Add what all ranks did to the tallies of the requests."""
+        slot = self._slot.numpy()
+        for failed in slot[~share.finite].tolist():
+            self._batch[failed].request.failed = True
+        lengths = np.array([member.request.prompt.length for member in self._batch])
+        prompt = self._rows.position.numpy() < lengths[slot]
+        prompt_tokens = self._per_slot(share.done & prompt)
+        completion_tokens = self._per_slot(share.done & ~prompt)
         for index, program in enumerate(self._programs):
             tally = program.tally
-            tally.prompt_tokens += int(totals["prompt_tokens"][index])
-            tally.completion_tokens += int(totals["completion_tokens"][index])
-            tally.count += int(totals["count"][index])
-            for name, values in sums.items():
+            tally.prompt_tokens += int(prompt_tokens[index])
+            tally.completion_tokens += int(completion_tokens[index])
+            tally.count += int(share.count[index])
+            for name, values in share.sums.items():
                 tally.sums[name] = tally.sums.get(name, 0.0) + float(values[index])
 
     def _stacked(self, statistic: str) -> npt.NDArray[np.float32]:
@@ -223,10 +226,11 @@ class StepPlan:
         for method in self._methods:
             method.apply(layer, query, output, cache, geometry)
 
-    def finish(self) -> dict[str, float]:
-        """Tally the step; seconds spent by calibrator."""
+    def finish(self, union: Union = alone) -> dict[str, float]:
+        """Tally what `union` makes of this rank's shares; seconds spent by calibrator."""
+        shares = union({method.calibrator.name: method.share() for method in self._methods})
         for method in self._methods:
-            method.tally()
+            method.tally(shares[method.calibrator.name])
         for member in self._batch:
             member.request.covered = max(member.request.covered, member.stop)
         return {method.calibrator.name: method.seconds for method in self._methods}
