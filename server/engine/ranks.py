@@ -7,13 +7,14 @@ output, which all ranks see, decides whether there is such a step; so all take p
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed
+import torch
 
 if TYPE_CHECKING:
     from vllm.distributed.parallel_state import GroupCoordinator
@@ -56,13 +57,25 @@ def across(group: GroupCoordinator) -> Union:
         return alone
 
     def gathered(shares: Shares) -> Shares:
-        parts: list[Shares] | None = None
-        if group.rank_in_group == OUTPUT_RANK:
-            parts = [{}] * group.world_size
-        torch.distributed.gather_object(shares, parts, group=group.cpu_group, group_dst=OUTPUT_RANK)
-        return shares if parts is None else united(parts)
+        messages = _gather(group, pickle.dumps(shares))
+        return shares if messages is None else united([pickle.loads(m) for m in messages])
 
     return gathered
+
+
+def _gather(group: GroupCoordinator, message: bytes) -> list[bytes] | None:
+    """The messages of all ranks, padded at their ends; None on all ranks but the output rank.
+
+    By vLLM's collectives, which take floats, all ranks as many, and go through shared memory:
+    0.1 ms, where torch.distributed.gather_object takes 1 to 2 ms.
+    """
+    lengths = group.all_gather(torch.tensor([float(len(message))]))
+    words = -(-int(lengths.max()) // 4)
+    padded = bytearray(message.ljust(4 * words, b"\0"))
+    received = group.gather(torch.frombuffer(padded, dtype=torch.float32), OUTPUT_RANK, 0)
+    if received is None:
+        return None
+    return [row.tobytes() for row in received.view(-1, words).numpy()]
 
 
 def united(parts: Sequence[Shares]) -> Shares:

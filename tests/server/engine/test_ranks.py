@@ -1,5 +1,6 @@
 """Two ranks with half of the heads each, against one with all of them."""
 
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,16 +120,28 @@ def test_one_rank_needs_no_union():
     assert across(SimpleNamespace(world_size=1)) is alone
 
 
+class Group:
+    """vLLM's group of two ranks, seen from one; the other's message is known beforehand."""
+
+    world_size = 2
+
+    def __init__(self, rank, other):
+        self.rank, self.other = rank, pickle.dumps(other)
+
+    def all_gather(self, tensor):
+        return torch.cat([tensor, torch.tensor([float(len(self.other))])])
+
+    def gather(self, tensor, dst, dim):
+        other = bytearray(self.other.ljust(4 * len(tensor), b"\0"))
+        both = torch.cat([tensor, torch.frombuffer(other, dtype=torch.float32)], dim)
+        return both if dst == self.rank else None
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_shares_go_to_the_rank_whose_output_is_used(monkeypatch, rank):
-    other = {"m": share([0, 1, 0])}
-
-    def gather_object(mine, parts, group, group_dst):
-        assert (group, group_dst) == ("cpu", 0)
-        if parts is not None:
-            parts[:] = [mine, other]
-
-    monkeypatch.setattr(torch.distributed, "gather_object", gather_object)
-    union = across(SimpleNamespace(world_size=2, rank_in_group=rank, cpu_group="cpu"))
-    mine = {"m": share([1, 0, 0])}
-    assert union(mine)["m"].done.tolist() == [True, rank == 0, False]
+@pytest.mark.parametrize("sums", [{}, {"a statistic of some name": [1, 2]}], ids=len)
+def test_shares_go_to_the_rank_whose_output_is_used(rank, sums):
+    union = across(Group(rank, {"m": share([0, 1, 0], **sums)}))
+    merged = union({"m": share([1, 0, 0], mean=[3, 4])})["m"]
+    assert merged.done.tolist() == [True, rank == 0, False]
+    assert merged.sums["mean"].tolist() == [3, 4]
+    assert set(merged.sums) == {"mean", *(sums if rank == 0 else ())}
