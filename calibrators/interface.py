@@ -364,6 +364,7 @@ class Calibrator(Protocol):
         """Coefficients from masses, for every row of this method in the step.
 
         Total: whatever finite masses come in, nothing is raised. Each parameter is float32
-        `[rows, query_heads]`. Entries of heads that are not selected are ignored.
+        `[rows, query_heads]`, under tensor parallelism those of one rank. Entries of heads that
+        are not selected are ignored.
         """
         ...

@@ -37,6 +37,16 @@ def serve(argv: Sequence[str], report: Callable[[str], None]) -> None:
         RegistryError: a calibrator cannot be offered.
         ModelError: an embedded model cannot be prepared.
     """
+    args = checked(argv, report)
+    ServeSubcommand().cmd(args)
+
+
+def checked(argv: Sequence[str], report: Callable[[str], None]) -> Namespace:
+    """Arguments of a server that can calibrate; nothing runs yet.
+
+    Raises:
+        StartupRefused, RegistryError, ModelError: as `serve` does.
+    """
     cli_env_setup()
     args = parse(with_model(argv))
     settings = Settings.from_args(args)
@@ -45,12 +55,11 @@ def serve(argv: Sequence[str], report: Callable[[str], None]) -> None:
     startup.check_arguments(args)
     resolve_model(args, report)
     switch_on(args, settings)
-    command = ServeSubcommand()
-    command.validate(args)
+    ServeSubcommand().validate(args)
     configure_logging_from_args(args)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     startup.check_config(engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER))
-    command.cmd(args)
+    return args
 
 
 def with_model(argv: Sequence[str]) -> list[str]:

@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from server.engine.requests import CalibratedRequest, Program, RequestTable, positions
+from calibrators.interface import Rows
+from server.engine.requests import CalibratedRequest, Program, RequestTable
 from server.kernels.partials import TILE, PoolMap, RowMap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from calibrators.interface import IntArray
+
+EVERY = Rows()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,39 +66,51 @@ def members(
 
 def row_map(batch: Sequence[Member], programs: Sequence[Program]) -> RowMap:
     """The calibrated rows of one method; `programs[s]` belongs to `batch[s]`, its slot."""
-    token: list[IntArray] = []
-    position: list[IntArray] = []
-    edges = [0]
-    for member, program in zip(batch, programs, strict=True):
-        length = member.request.prompt.length
-        chosen = positions(program.rows, member.start, member.stop, length)
-        position.append(chosen)
-        token.append(chosen - np.int32(member.start - member.token))
-        edges += _tile_ends(chosen, edges[-1])
-    lengths = [len(chosen) for chosen in position]
+    table = np.array([(m.row, m.token, m.start, m.stop - m.start) for m in batch], np.int64)
+    request, token, start, lengths = table.T
+    slot = np.repeat(np.arange(len(batch)), lengths)
+    index = np.arange(len(slot)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    position, token = index + start[slot], index + token[slot]
+    keep = _calibrated(batch, programs, slot, position)
+    if keep is not None:
+        slot, position, token = slot[keep], position[keep], token[keep]
     return RowMap(
-        token=torch.from_numpy(np.concatenate(token).astype(np.int64)),
-        request=_repeat([member.row for member in batch], lengths),
-        slot=_repeat(range(len(batch)), lengths),
-        position=torch.from_numpy(np.concatenate(position)),
-        tiles=torch.tensor(edges, dtype=torch.int32),
+        token=torch.from_numpy(token),
+        request=torch.from_numpy(request[slot].astype(np.int32)),
+        slot=torch.from_numpy(slot.astype(np.int32)),
+        position=torch.from_numpy(position.astype(np.int32)),
+        tiles=torch.from_numpy(_tiles(slot, position)),
     )
 
 
-def _repeat(values: Sequence[int], lengths: list[int]) -> torch.Tensor:
-    return torch.from_numpy(np.repeat(np.array(values, np.int32), lengths))
+def _calibrated(
+    batch: Sequence[Member],
+    programs: Sequence[Program],
+    slot: npt.NDArray[np.int64],
+    position: npt.NDArray[np.int64],
+) -> npt.NDArray[np.bool_] | None:
+    """Which rows are; None where all are."""
+    if all(program.rows == EVERY for program in programs):
+        return None
+    first = np.array([program.rows.first for program in programs])
+    generated = np.array([program.rows.generated for program in programs])
+    lengths = np.array([member.request.prompt.length for member in batch])
+    keep = (position >= first[slot]) & (generated[slot] | (position < lengths[slot]))
+    for s, program in enumerate(programs):
+        for span in program.rows.skip:
+            keep &= (slot != s) | (position < span.start) | (position >= span.stop)
+    return keep
 
 
-def _tile_ends(chosen: IntArray, offset: int) -> list[int]:
-    """Ends of tiles of at most `TILE` successive positions, shifted by `offset`."""
-    ends, begin = [], 0
-    breaks = np.flatnonzero(np.diff(chosen) != 1) + 1
-    for run_end in [*breaks.tolist(), len(chosen)]:
-        ends += [offset + end for end in range(begin + TILE, run_end, TILE)]
-        if run_end > begin:
-            ends.append(offset + run_end)
-        begin = run_end
-    return ends
+def _tiles(slot: npt.NDArray[np.int64], position: npt.NDArray[np.int64]) -> IntArray:
+    """Where tiles of at most `TILE` successive positions of a slot start, and the last ends."""
+    count = len(slot)
+    breaks = np.ones(count, np.bool_)
+    breaks[1:] = (np.diff(position) != 1) | (np.diff(slot) != 0)
+    starts = np.flatnonzero(breaks)
+    index = np.arange(count)
+    within = index - np.repeat(starts, np.diff(starts, append=count))
+    return np.append(index[within % TILE == 0], count).astype(np.int32)
 
 
 def pool_map(pools: Sequence[tuple[IntArray, ...]]) -> PoolMap:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from calibrators.interface import Prompt
 from server.engine.batch import members
 from server.engine.payload import Report
+from server.engine.ranks import Union, alone
 from server.engine.requests import RequestTable
 from server.engine.step import Planner, StepPlan
 
@@ -22,11 +23,18 @@ class StepContext:
     Args:
         table: state of calibrated requests.
         request_ids: ids by row of the batch, as the model runner orders them right now.
+        union: brings what the ranks did together.
     """
 
-    def __init__(self, table: RequestTable, request_ids: Callable[[], Sequence[str]]) -> None:
+    def __init__(
+        self,
+        table: RequestTable,
+        request_ids: Callable[[], Sequence[str]],
+        union: Union = alone,
+    ) -> None:
         self._table = table
         self._request_ids = request_ids
+        self._union = union
         self._planner = Planner()
         self._scheduled: list[str] = []
         self._plan: StepPlan | None = None
@@ -72,7 +80,7 @@ class StepContext:
         self._plan, self._scheduled = None, []
         if plan is None:
             return {}
-        seconds: Mapping[str, float] | None = plan.finish()
+        seconds: Mapping[str, float] | None = plan.finish(self._union)
         reports = {}
         for request_id in scheduled:
             request = self._table.get(request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +41,23 @@ def _without(params: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def on_shutdown(engine_client: EngineClient, callback: Callable[[], None]) -> None:
-    """Call `callback` when the server begins to shut the engine down, before it drains."""
+    """Call `callback` when the server begins to shut the engine down, before it drains.
+
+    vLLM drains where it stops the engine. One API server of several does not: it would hang up
+    on its requests at once, so it waits for them here.
+    """
     shutdown = engine_client.shutdown
 
-    def announce(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def announce(*args: Any, timeout: float | None = None, **kwargs: Any) -> Any:  # noqa: ANN401
         callback()
-        return shutdown(*args, **kwargs)
+        if engine_client.engine_core.resources.engine_manager is None:
+            _wait_for_requests(engine_client, timeout or 0)
+        return shutdown(*args, timeout=timeout, **kwargs)
 
     engine_client.shutdown = announce
+
+
+def _wait_for_requests(engine_client: EngineClient, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while engine_client.get_num_unfinished_requests() and time.monotonic() < deadline:
+        time.sleep(0.05)

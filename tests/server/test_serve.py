@@ -1,0 +1,125 @@
+"""Flags of a real command line, resolved by vLLM as at a start, without starting anything."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from transformers import BertConfig, DeepseekV2Config, LlamaConfig, WhisperConfig
+
+from server.engine.startup import StartupRefused
+from server.serve import checked
+
+LLAMA = LlamaConfig(
+    architectures=["LlamaForCausalLM"],
+    hidden_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=64,
+)
+OTHERS = {
+    "latent attention": DeepseekV2Config(
+        architectures=["DeepseekV2ForCausalLM"], num_hidden_layers=2, q_lora_rank=None
+    ),
+    "encoder-decoder": WhisperConfig(
+        architectures=["WhisperForConditionalGeneration"], encoder_layers=1, decoder_layers=1
+    ),
+    "pooling": BertConfig(architectures=["BertModel"], num_hidden_layers=1),
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """A start sets variables for the processes it is about to start."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Resolve a command line for a model of which there is the configuration alone."""
+
+    def run(config, *flags):
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+        # float32: with bfloat16, what may be served depends on the processor.
+        usual = [str(tmp_path), "--skip-tokenizer-init", "--dtype", "float32"]
+        checked([*usual, *flags], lambda line: None)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--tensor-parallel-size", "2"),
+        ("--kv-cache-dtype", "auto"),
+        ("--api-server-count", "2"),
+    ],
+    ids=" ".join,
+)
+def test_what_can_be_calibrated_passes(check, flags):
+    check(LLAMA, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size asks for"),
+        (
+            ["--tensor-parallel-size", "2", "--decode-context-parallel-size", "2"],
+            "--decode-context-parallel-size asks for",
+        ),
+        (
+            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
+            "--speculative-config asks for",
+        ),
+        (["--enable-lora"], "--enable-lora asks for"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype auto"),
+        (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype auto"),
+        (["--kv-cache-dtype", "int8_per_token_head"], "--kv-cache-dtype auto"),
+        (["--kv-cache-dtype", "bfloat16"], "--kv-cache-dtype auto"),
+        (
+            ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
+            "--kv-transfer-config asks for",
+        ),
+        (["--kv-offloading-size", "1"], "--kv-offloading-size asks for"),
+        (["--kv-sharing-fast-prefill"], "--kv-sharing-fast-prefill asks for"),
+        (["--runner", "pooling"], "leave out --runner and --convert"),
+        (["--convert", "embed"], "leave out --runner and --convert"),
+        (["--worker-cls", "vllm.v1.worker.cpu_worker.CPUWorker"], "leave out --worker-cls"),
+        (["--scheduler-cls", "vllm.v1.core.sched.scheduler.Scheduler"], "--scheduler-cls"),
+        (["--headless"], "--headless opens a way"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_feature_is_refused_by_its_flag(check, flags, advice):
+    with pytest.raises(StartupRefused, match=advice):
+        check(LLAMA, *flags)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("latent attention", "DeepseekV2ForCausalLM uses multi-head latent attention"),
+        ("encoder-decoder", "WhisperForConditionalGeneration is not a decoder-only"),
+        ("pooling", "BertModel would be run for pooling"),
+    ],
+)
+def test_a_model_is_refused_by_its_name(check, model, said):
+    with pytest.raises(StartupRefused, match=said):
+        check(OTHERS[model])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--tensor-parallel-size", "3"], "must be divisible by tensor parallel size"),
+        (["--prefill-context-parallel-size", "2"], "does not support: prefill context parallel"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_vllm_refuses_itself_does_not_start_either(check, flags, said):
+    with pytest.raises(ValueError, match=said):
+        check(LLAMA, *flags)
