@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.kernels import cpu_lse, cpu_pools
+from server.kernels import cpu_lse, cpu_pools, cpu_rescale
 from server.kernels.cpu_vector import PAIRS
 from server.kernels.partials import (
     Array,
@@ -54,7 +54,7 @@ class Attention:
         geometry: AttentionGeometry,
     ) -> None:
         self._shape = (rows.token.shape[0], *query.shape[1:])
-        self._query = _flat(query)
+        self._query = _in_pairs(*_flat(query))
         self._pages = _bits(cache.pages)
         self._table = cache.block_table.numpy()
         self._rows = rows.arrays
@@ -72,7 +72,7 @@ class Attention:
         _run(
             cpu_lse.serial,
             cpu_lse.parallel,
-            *_in_pairs(*self._query),
+            *self._query,
             self._pages,
             head_dim,
             self._table,
@@ -94,6 +94,7 @@ class Attention:
             cpu_pools.partials_serial,
             cpu_pools.partials_parallel,
             *self._given(pools),
+            self.log_sum_exp.numpy(),
             mass.numpy(),
             value.numpy(),
         )
@@ -112,8 +113,8 @@ class Attention:
             changes: what is done is added here.
         """
         _run(
-            cpu_pools.rescale_serial,
-            cpu_pools.rescale_parallel,
+            cpu_rescale.serial,
+            cpu_rescale.parallel,
             *self._given(pools),
             factor.numpy(),
             _bits(output),
@@ -121,8 +122,7 @@ class Attention:
         )
 
     def _given(self, pools: PoolMap) -> tuple[Any, ...]:
-        lse = self.log_sum_exp.numpy()
-        given = (self._pages, self._table, self._rows, pools.arrays, self._heads, self._model, lse)
+        given = (self._pages, self._table, self._rows, pools.arrays, self._heads, self._model)
         return *self._query, *given
 
 

@@ -4,14 +4,35 @@ numpy knows no bfloat16 and numba computes with neither half type: uint16 stands
 int16 for float16. Logits are in base 2, so that a softmax takes powers of two.
 """
 
-import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from typing import Any
 
-from server.kernels.cpu_vector import float_to_half, half_to_float
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
 
 # Everything but the licence to ignore NaN and infinity.
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
+
+
+@intrinsic
+def half_to_float(typingctx, bits):
+    """float16 from its int16 bit pattern, as float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), codegen
+
+
+@intrinsic
+def float_to_half(typingctx, value):
+    """float32 rounded to float16, as an int16 bit pattern."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(types.float32), codegen
 
 
 def widen(x):
@@ -83,14 +104,3 @@ def power(x):
     p = p * f + np.float32(6.9314697e-1)
     p = p * f + np.float32(1)
     return p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-@njit(inline="always")
-def chosen_heads(heads, slot, kv, group, chosen):
-    """Fill `chosen` with the slot's selected query heads of a KV head; how many there are."""
-    count = 0
-    for h in range(kv * group, (kv + 1) * group):
-        if heads[slot, h]:
-            chosen[count] = h
-            count += 1
-    return count

@@ -9,47 +9,13 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
-from server.kernels.cpu_elements import FASTMATH, chosen_heads, pair, power, widen
-from server.kernels.cpu_vector import BLOCK, LANES, LOWEST, NARROW, QUERIES, fold, settle
+from server.kernels.cpu_elements import FASTMATH, pair, power, widen
+from server.kernels.cpu_tiles import buffer_for, chosen_heads, load, seen_by
+from server.kernels.cpu_vector import BLOCK, LANES, NARROW, QUERIES, fold, settle
 from server.kernels.partials import TILE
 
 # From this many queries on, a page is unpacked once for all of them.
 UNPACK = 12
-_LOWEST = np.float32(LOWEST)
-
-
-def _gather(query, at, tile, i):
-    raise NotImplementedError
-
-
-@overload(_gather, inline="always")
-def _gather_for(query, at, tile, i):
-    """Take up query `i` of a tile, from element `at` on."""
-    if query.dtype == types.uint32:
-
-        def gather(query, at, tile, i):
-            for d in range(tile[1].shape[1]):
-                tile[1][i, d] = query[at + d]
-
-    else:
-
-        def gather(query, at, tile, i):
-            for d in range(tile[0].shape[1]):
-                tile[0][i, d] = widen(query[at + d])
-
-    return gather
-
-
-def _queries(query, tile):
-    raise NotImplementedError
-
-
-@overload(_queries, inline="always")
-def _queries_for(query, tile):
-    """Queries of the tile in the form `fold` takes: bfloat16 pairs or float32."""
-    if query.dtype == types.uint32:
-        return lambda query, tile: tile[1]
-    return lambda query, tile: tile[0]
 
 
 def _unpack(queries, page, pairs, wide):
@@ -84,7 +50,7 @@ def _unpack_for(queries, page, pairs, wide):
 
 
 @njit(inline="always")
-def _fold_page(queries, page, seen, begin, count, start, head_dim, numbers):
+def _fold_page(queries, page, following, seen, begin, count, start, head_dim, numbers):
     """Fold the keys of a page into the queries `begin..count`.
 
     `seen` is `(peak, total, positions, first, slopes)`.
@@ -104,7 +70,7 @@ def _fold_page(queries, page, seen, begin, count, start, head_dim, numbers):
                 inside and not shaped,
                 wide,
                 n,
-                (queries, page, peak, total, positions, first, slopes),
+                (queries, page, following, peak, total, positions, first, slopes),
                 (i, j, start, head_dim, block, scale, cap),
             )
             j += step
@@ -117,47 +83,14 @@ def _add_sink(lse, sink):
 
 
 @njit(inline="always")
-def _workspace(limit, head_dim, block):
-    """Buffers for tiles, one after the other: allocating takes longer than a generated token."""
-    tile = (
-        np.empty((limit, head_dim), np.float32),  # queries
-        np.empty((limit, head_dim // 2), np.uint32),  # their bits in pairs
-    )
-    seen = (
-        np.empty((limit, LANES), np.float32),  # peak
-        np.empty((limit, LANES), np.float32),  # total
-        np.empty(limit, np.int64),  # position
-        np.empty(limit, np.int64),  # first visible key
-        np.empty(limit, np.float32),  # ALiBi slope
-    )
-    page = (
-        np.empty((head_dim // 2, block), np.uint32),  # in pairs
-        np.empty((head_dim, block), np.float32),
-    )
-    return tile, seen, page
+def unpacked_page(head_dim, block):
+    """Buffers for a page: in pairs, and in float32."""
+    pairs = np.empty((head_dim // 2, block), np.uint32)
+    return pairs, np.empty((head_dim, block), np.float32)
 
 
 @njit(inline="always")
-def _load(query, stride, rows, begin, end, chosen, window, alibi, tile, seen):
-    """Take up the queries of a tile, row by row; how many there are."""
-    peak, total, positions, first, slopes = seen
-    width, i = _queries(query, tile).shape[1], 0
-    for r in range(begin, end):
-        last = rows[3][r]
-        for h in chosen:
-            _gather(query, rows[0][r] * stride + h * width, tile, i)
-            positions[i] = last
-            first[i] = max(last - window + 1, 0) if window > 0 else 0
-            slopes[i] = alibi[h] if alibi.shape[0] else np.float32(0)
-            for lane in range(LANES):
-                peak[i, lane] = _LOWEST
-                total[i, lane] = 0
-            i += 1
-    return i
-
-
-@njit(inline="always")
-def _fold_pages(queries, count, pages, table, kv, head_dim, numbers, seen, buffers):
+def fold_pages(queries, count, pages, table, kv, head_dim, numbers, seen, buffers):
     """Fold every page that some query of the tile sees."""
     block, (positions, first) = pages.shape[3] // head_dim, seen[2:4]
     final, begin = positions[count - 1], 0
@@ -167,36 +100,52 @@ def _fold_pages(queries, count, pages, table, kv, head_dim, numbers, seen, buffe
             begin += 1
         page = pages[table[index], kv, 0].reshape(head_dim, block)
         if count - begin < UNPACK:
-            _fold_page(queries, page, seen, begin, count, start, head_dim, numbers)
+            following = pages[table[min(index + 1, final // block)], kv, 0]
+            _fold_page(
+                queries,
+                page,
+                following.reshape(head_dim, block),
+                seen,
+                begin,
+                count,
+                start,
+                head_dim,
+                numbers,
+            )
         else:
             unpacked = _unpack(queries, page, buffers[0], buffers[1])
-            _fold_page(queries, unpacked, seen, begin, count, start, head_dim, numbers)
+            _fold_page(queries, unpacked, unpacked, seen, begin, count, start, head_dim, numbers)
+
+
+@njit(inline="always")
+def log_sum_exp(seen, i, sinks, h):
+    """Of query `i`, head `h`, after the last page."""
+    peak, total = settle(seen[0], seen[1], i)
+    lse = peak + np.log2(total)
+    return _add_sink(lse, sinks[h]) if sinks.shape[0] else lse
 
 
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
 def serial(task, tasks, query, stride, pages, head_dim, block_table, rows, heads, model, out):
     """Every `tasks`-th pair of a tile and a KV head from `task` on; see `parallel`."""
     request, slot, tiles = rows[1], rows[2], rows[4]
-    numbers, alibi, sinks = model
     kv_heads = pages.shape[1]
     group = out.shape[1] // kv_heads
-    tile, seen, buffers = _workspace(TILE * group, head_dim, pages.shape[3] // head_dim)
-    queries = _queries(query, tile)
+    queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group)
+    buffers = unpacked_page(head_dim, pages.shape[3] // head_dim)
     every = np.empty(group, np.int64)
     for index in range(task, (tiles.shape[0] - 1) * kv_heads, tasks):
         kv, begin, end = index % kv_heads, tiles[index // kv_heads], tiles[index // kv_heads + 1]
         chosen = every[: chosen_heads(heads, slot[begin], kv, group, every)]
         if chosen.shape[0] == 0:
             continue
-        count = _load(query, stride, rows, begin, end, chosen, numbers[2], alibi, tile, seen)
+        count = load(query, stride, rows, begin, end, chosen, model, queries, seen)
         table = block_table[request[begin]]
-        _fold_pages(queries, count, pages, table, kv, head_dim, numbers, seen, buffers)
+        fold_pages(queries, count, pages, table, kv, head_dim, model[0], seen, buffers)
         i = 0
         for r in range(begin, end):
             for h in chosen:
-                peak, total = settle(seen[0], seen[1], i)
-                lse = peak + np.log2(total)
-                out[r, h] = _add_sink(lse, sinks[h]) if sinks.shape[0] else lse
+                out[r, h] = log_sum_exp(seen, i, model[2], h)
                 i += 1
 
 

@@ -24,6 +24,9 @@ QUERIES = 6
 # Vectors of keys where few are left, and in blocks that are no multiple of `BLOCK` keys.
 NARROW = 2
 BLOCK = 128
+# Channels of 128 keys in 16 bits that take 4 KiB.
+AHEAD = 16
+CACHE_LINE = 64
 # The host multiplies pairs of bfloat16 into float32.
 PAIRS = bool(llvm.get_host_cpu_features().get("avx512bf16"))
 LOWEST = -3.0e38
@@ -55,6 +58,7 @@ class _Arrays:
     page_type: Any
     q: Any
     page: Any
+    following: Any
     peak: Any
     total: Any
     positions: Any
@@ -85,6 +89,7 @@ def fold(typingctx, whole, wide, queries, arrays, numbers):
         queries: 1 to `QUERIES`.
         arrays: `q` float32 `[rows, head_dim]`, or uint32 `[rows, head_dim / 2]` of bfloat16 pairs;
             `page` `[head_dim, block]`, or uint32 `[head_dim / 2, block]` of such pairs;
+            `following` the page that will be folded next;
             `peak` and `total` float32 `[rows, LANES]`; int64 `positions` and `first` `[rows]`, the
             last and first visible key; float32 `slopes` `[rows]`.
         numbers: `row` of the first query, `column` of the first key, `start` the page's first
@@ -146,6 +151,7 @@ def _emit_logits(
         builder.store(zero, accumulator)
     load = _load_pairs if pairs else _load_keys
     with cgutils.for_range(builder, depth) as loop:
+        _prefetch(builder, arrays, numbers, loop.index, vectors(queries))
         keys = load(builder, arrays, numbers, loop.index, width)
         for row, accumulators in zip(rows, sums, strict=True):
             query = builder.load(builder.gep(arrays.q, [builder.add(row, loop.index)]))
@@ -212,6 +218,30 @@ def _load_pairs(
             )
             found.append(builder.bitcast(mixed, _VI32))
     return found
+
+
+def _prefetch(builder: Any, arrays: _Arrays, numbers: _Numbers, depth: Any, width: int) -> None:
+    """Ask for the keys `AHEAD` channels on, at the end of the page for those of the next.
+
+    Hardware does so within 4 KiB only. Unpacked pages lie in the nearest cache anyway.
+    """
+    if arrays.page_type == types.uint32:
+        return
+    rows = 2 if arrays.query_type == types.uint32 else 1
+    size = arrays.page_type.bitwidth // 8
+    channel = builder.add(builder.mul(depth, _I64(rows)), _I64(AHEAD))
+    beyond = builder.icmp_signed(">=", channel, numbers.head_dim)
+    page = builder.select(beyond, arrays.following, arrays.page)
+    channel = builder.select(beyond, builder.sub(channel, numbers.head_dim), channel)
+    start = builder.add(builder.mul(channel, numbers.block), numbers.column)
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    for row in range(rows):
+        first = builder.add(start, builder.mul(_I64(row), numbers.block))
+        for line in range(0, width * LANES, CACHE_LINE // size):
+            pointer = builder.gep(page, [builder.add(first, _I64(line))])
+            builder.call(call, [builder.bitcast(pointer, byte), _I32(0), _I32(3), _I32(1)])
 
 
 def _load(builder: Any, data: Any, index: Any, kind: Any, align: int) -> Any:
@@ -363,23 +393,3 @@ def _across(builder: Any, x: Any, merge: Callable[[Any, Any, Any], Any]) -> Any:
         mask = ir.Constant(_VI32, [lane ^ distance for lane in range(LANES)])
         x = merge(builder, x, builder.shuffle_vector(x, x, mask))
     return x
-
-
-@intrinsic
-def half_to_float(typingctx, bits):
-    """float16 from its int16 bit pattern, as float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _F32)
-
-    return types.float32(types.int16), codegen
-
-
-@intrinsic
-def float_to_half(typingctx, value):
-    """float32 rounded to float16, as an int16 bit pattern."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), _I16)
-
-    return types.int16(types.float32), codegen
