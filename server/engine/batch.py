@@ -67,10 +67,13 @@ def members(
 def row_map(batch: Sequence[Member], programs: Sequence[Program]) -> RowMap:
     """The calibrated rows of one method; `programs[s]` belongs to `batch[s]`, its slot."""
     table = np.array([(m.row, m.token, m.start, m.stop - m.start) for m in batch], np.int64)
-    request, token, start, lengths = table.T
-    slot = np.repeat(np.arange(len(batch)), lengths)
-    index = np.arange(len(slot)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    position, token = index + start[slot], index + token[slot]
+    # Contiguous, since kernels would be compiled anew for anything else.
+    request, token, start, lengths = np.ascontiguousarray(table.T)
+    slot, position = np.arange(len(batch)), start
+    if (lengths > 1).any():  # generated tokens alone, a row each, are the usual case
+        slot = np.repeat(slot, lengths)
+        index = np.arange(len(slot)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        position, token = index + start[slot], index + token[slot]
     keep = _calibrated(batch, programs, slot, position)
     if keep is not None:
         slot, position, token = slot[keep], position[keep], token[keep]
@@ -105,6 +108,8 @@ def _calibrated(
 def _tiles(slot: npt.NDArray[np.int64], position: npt.NDArray[np.int64]) -> IntArray:
     """Where tiles of at most `TILE` successive positions of a slot start, and the last ends."""
     count = len(slot)
+    if (np.diff(slot) != 0).all():
+        return np.arange(count + 1, dtype=np.int32)
     breaks = np.ones(count, np.bool_)
     breaks[1:] = (np.diff(position) != 1) | (np.diff(slot) != 0)
     starts = np.flatnonzero(breaks)

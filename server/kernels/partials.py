@@ -19,7 +19,7 @@ from torch import Tensor
 Array: TypeAlias = npt.NDArray[Any]
 
 # Prompt rows share the keys they read; more rows per tile than this no longer pay.
-TILE = 16
+TILE = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ def batches(draw):
     batch, programs, token = [], [], 0
     for row in range(draw(st.integers(1, 4))):
         token += draw(st.integers(0, 3))
-        start, length = draw(st.integers(0, 60)), draw(st.integers(1, 60))
+        start, length = draw(st.integers(0, 60)), draw(st.integers(1, 60) | st.just(1))
         first = draw(st.integers(0, 80))
         edges = sorted(draw(st.lists(st.integers(0, 120), min_size=4, max_size=4)))
         skip = (Span(*edges[:2]), Span(*edges[2:])) if draw(st.booleans()) else ()
@@ -46,6 +46,14 @@ def batches(draw):
         programs.append(SimpleNamespace(rows=Rows(first, skip)))
         token += length
     return batch, programs
+
+
+@pytest.mark.parametrize("length", [1, 20])
+def test_rows_come_in_the_one_form_kernels_are_compiled_for(length):
+    batch = [Member(REQUEST, r, r * length, 30, 30 + length) for r in range(3)]
+    rows = row_map(batch, [SimpleNamespace(rows=Rows())] * 3)
+    assert all(array.flags.c_contiguous for array in rows.arrays)
+    assert [str(array.dtype) for array in rows.arrays] == ["int64", *["int32"] * 4]
 
 
 def is_calibrated(rows, position):
