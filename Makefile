@@ -5,12 +5,13 @@ MODEL := smollm2-135m-instruct
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test lint clean
+.PHONY: help env serve test lint soak clean
 
 help:
 	@echo "make serve   install into $(VENV) and serve $(MODEL) on 127.0.0.1:8000"
 	@echo "make test    install into $(VENV), lint, type-check and run every test"
 	@echo "make lint    the checks of make test without the tests"
+	@echo "make soak    serve 10,000 short requests and see that nothing grows"
 	@echo "make clean   remove $(VENV) and caches (models in the user cache stay)"
 	@echo
 	@echo "ARGS='...' goes to 'trimtab serve' or 'pytest'; PYTHON=... names the Python (3.11+)"
@@ -32,6 +33,9 @@ lint: env
 
 test: lint
 	$(BIN)/pytest $(ARGS)
+
+soak: env
+	SOAK_REQUESTS=10000 $(BIN)/pytest tests/integration/state/test_growth.py --log-cli-level=INFO $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \

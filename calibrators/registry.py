@@ -62,6 +62,11 @@ class Registry(Mapping[str, Calibrator]):
         return len(self._calibrators)
 
 
+def installed() -> list[str]:
+    """Names that installed packages provide, sorted; nothing of theirs is imported."""
+    return sorted({entry.name for entry in entry_points(group=GROUP)})
+
+
 def load(names: Iterable[str] = BUILT_IN) -> Registry:
     """The named calibrators, imported and checked.
 
@@ -89,10 +94,9 @@ def _provider(name: str) -> EntryPoint:
     found = entry_points(group=GROUP, name=name)
     providers = {entry.value: entry for entry in found}
     if not providers:
-        known = sorted({entry.name for entry in entry_points(group=GROUP)})
         raise RegistryError(
             f"no installed package provides the calibrator {name!r}; "
-            f"installed: {', '.join(known) or 'none'}"
+            f"installed: {', '.join(installed()) or 'none'}"
         )
     if len(providers) > 1:
         raise RegistryError(f"calibrator {name!r} is provided by {' and '.join(sorted(providers))}")

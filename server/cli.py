@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from calibrators import registry
 from server import __version__, catalogue, models
+from server.settings import add_calibrators
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +35,10 @@ def _parser() -> argparse.ArgumentParser:
         "serve", help="serve a model: trimtab serve [MODEL] [any flag of vllm serve]"
     )
     _add_models(commands)
-    listing = commands.add_parser("calibrators", help="list calibrators and their parameters")
+    listing = commands.add_parser(
+        "calibrators", help="list the calibrators on offer and their parameters"
+    )
+    add_calibrators(listing.add_argument)
     listing.set_defaults(run=_calibrators)
     doctor = commands.add_parser("doctor", help="check that calibration works")
     doctor.add_argument("--url", help="a running server; without it one is started and stopped")
@@ -69,8 +73,16 @@ def _prepare_model(args: argparse.Namespace) -> int:
     return 0
 
 
-def _calibrators(_: argparse.Namespace) -> int:
-    print(catalogue.table(list(registry.load().values())))
+def _calibrators(args: argparse.Namespace) -> int:
+    try:
+        offer = registry.load(args.calibrators)
+    except registry.RegistryError as error:
+        print(f"trimtab: {error}", file=sys.stderr)
+        return 2
+    others = [name for name in registry.installed() if name not in offer]
+    print(catalogue.table(list(offer.values())) or "no calibrator is on offer")
+    if others:
+        print(f"\ninstalled, but not on offer without --calibrators: {', '.join(others)}")
     return 0
 
 

@@ -114,4 +114,14 @@ def in_our_envelope(response: Response) -> Response:
         return response
     status = HTTPStatus(response.status_code)
     body = envelope(status, error["message"], error.get("param"), status.name.lower())
-    return JSONResponse(body, status)
+    return replaced(response, body, status)
+
+
+def replaced(response: Response, content: Any, status: HTTPStatus) -> JSONResponse:  # noqa: ANN401 - any JSON
+    """`content` in place of what a handler answered.
+
+    Headers stay, and so does the background task: with `--enable-server-load-tracking` vLLM counts
+    a request as running until the task has run.
+    """
+    kept = {k: v for k, v in response.headers.items() if k != "content-length"}
+    return JSONResponse(content, status, headers=kept, background=response.background)

@@ -12,6 +12,7 @@ import secrets
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from calibrators.registry import BUILT_IN
@@ -49,19 +50,8 @@ class Settings:
 def add_flags(parser: ArgumentParser, environment: Mapping[str, str] = os.environ) -> None:
     """Add the group "Calibration"; defaults come from the environment."""
     group = parser.add_argument_group("Calibration", "Attention calibration (Trimtab).")
-
-    def add(flag: str, parse: Callable[[str], Any], default: object, text: str) -> None:
-        name = flag.removeprefix("--").replace("-", "_")
-        variable = PREFIX + name.upper()
-        # argparse runs `type` on defaults that are strings, so both sources share one check.
-        group.add_argument(
-            flag,
-            type=parse,
-            default=environment.get(variable, default),
-            help=f"{text} Environment: {variable}.",
-        )
-
-    add("--calibrators", _names, BUILT_IN, "Methods on offer, comma-separated names.")
+    add = partial(_add, group.add_argument, environment)
+    add_calibrators(group.add_argument, environment)
     add("--default-calibration", _json, None, "JSON: calibration of requests that name none.")
     add(
         "--max-calibrations-per-request",
@@ -74,6 +64,32 @@ def add_flags(parser: ArgumentParser, environment: Mapping[str, str] = os.enviro
         _boolean,
         False,
         "true: start with a vLLM version this Trimtab was not tested with.",
+    )
+
+
+def add_calibrators(
+    add_argument: Callable[..., object], environment: Mapping[str, str] = os.environ
+) -> None:
+    """Add the flag that says which methods are on offer, to a parser or a group of one."""
+    text = "Methods on offer, comma-separated names."
+    _add(add_argument, environment, "--calibrators", _names, BUILT_IN, text)
+
+
+def _add(
+    add_argument: Callable[..., object],
+    environment: Mapping[str, str],
+    flag: str,
+    parse: Callable[[str], Any],
+    default: object,
+    text: str,
+) -> None:
+    variable = PREFIX + flag.removeprefix("--").replace("-", "_").upper()
+    # argparse runs `type` on defaults that are strings, so both sources share one check.
+    add_argument(
+        flag,
+        type=parse,
+        default=environment.get(variable, default),
+        help=f"{text} Environment: {variable}.",
     )
 
 

@@ -21,7 +21,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from server.admission import Admitted, Refusal
 from server.engine.payload import KEY
-from server.errors import INVALID_CALIBRATION, ApiError, envelope, in_our_envelope
+from server.errors import INVALID_CALIBRATION, ApiError, envelope, in_our_envelope, replaced
 from server.front_end import FrontEnd
 from server.receipts import NotApplied, Receipt
 from server.routes.requests import CalibratedChatRequest, CalibratedCompletionRequest
@@ -113,24 +113,19 @@ async def calibrated(
     settled = False
     answered = False
     try:
-        response = await handler(request, raw_request)
+        response = _unified(await handler(request, raw_request))
         if isinstance(response, StreamingResponse):
             response = ReceiptedStream(response, front_end, receipt)
             settled = True
         elif isinstance(response, JSONResponse) and response.status_code == HTTPStatus.OK:
-            response = _with_receipt(response, receipt)
-            answered = True
+            response, answered = _with_receipt(response, receipt)
         if response is not None and response.status_code == HTTPStatus.OK:
             response.headers[HEADER] = receipt.admitted.header
-        return _unified(response)
+        return response
     except Refusal:
         front_end.withdraw(receipt)
         settled = True
         raise
-    except NotApplied as error:
-        raise ApiError(
-            HTTPStatus.INTERNAL_SERVER_ERROR, str(error), code="calibration_not_applied"
-        ) from None
     finally:
         if not settled:
             front_end.close(receipt, answered=answered)
@@ -140,11 +135,19 @@ def _unified(response: Response | None) -> Response | None:
     return None if response is None else in_our_envelope(response)
 
 
-def _with_receipt(response: JSONResponse, receipt: Receipt) -> JSONResponse:
+def _with_receipt(response: JSONResponse, receipt: Receipt) -> tuple[JSONResponse, bool]:
+    """The answer with its receipt, or the error in its place; and whether it is the answer."""
     content = json.loads(bytes(response.body))
-    content["calibration"] = receipt.document()
-    kept = {k: v for k, v in response.headers.items() if k != "content-length"}
-    return JSONResponse(content, response.status_code, headers=kept)
+    try:
+        content["calibration"] = receipt.document()
+    except NotApplied as error:
+        status = HTTPStatus.INTERNAL_SERVER_ERROR
+        return replaced(response, _not_applied(error), status), False
+    return replaced(response, content, HTTPStatus.OK), True
+
+
+def _not_applied(error: NotApplied) -> dict[str, Any]:
+    return envelope(HTTPStatus.INTERNAL_SERVER_ERROR, str(error), code="calibration_not_applied")
 
 
 class ReceiptedStream(StreamingResponse):
@@ -188,10 +191,7 @@ class ReceiptedStream(StreamingResponse):
                         self._answered = True
                 yield chunk
         except NotApplied as error:
-            body = envelope(
-                HTTPStatus.INTERNAL_SERVER_ERROR, str(error), code="calibration_not_applied"
-            )
-            yield f"data: {json.dumps(body)}\n\ndata: [DONE]\n\n"
+            yield f"data: {json.dumps(_not_applied(error))}\n\ndata: [DONE]\n\n"
         finally:
             self._close()
 

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from server import __version__, cli, doctor, models
+from tests.integration import plugins
 
 
 def run(*argv):
@@ -71,6 +72,72 @@ def test_the_table_of_calibrators(capsys):
     assert out.startswith("zerotuning  ZeroTuning, text\n")
     for name in ("gamma", "layers", "heads"):
         assert f"\n  {name} " in out
+
+
+MILDER = """
+from typing import ClassVar, Literal
+
+from calibrators.zerotuning import ZeroTuning, ZeroTuningSettings
+
+
+class MilderSettings(ZeroTuningSettings):
+    method: Literal["milder"] = "milder"
+
+
+class Milder(ZeroTuning):
+    name: ClassVar[str] = "milder"
+    title: ClassVar[str] = "Milder"
+    Settings: ClassVar[type] = MilderSettings
+"""
+
+
+@pytest.fixture
+def plugins_installed(tmp_path, monkeypatch):
+    """A distribution that provides one calibrator that works and one that cannot be imported."""
+    names = "[trimtab.calibrators]\nmilder = milder:Milder\nbroken = nowhere:Broken\n"
+    for name, value in plugins.install(tmp_path, "milder", MILDER, names).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TRIMTAB_CALIBRATORS", raising=False)
+
+
+def test_what_is_installed_is_named_and_not_imported(plugins_installed):
+    done = run("calibrators")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in titles(done.stdout)] == ["zerotuning"]
+    last = "installed, but not on offer without --calibrators: broken, milder"
+    assert done.stdout.splitlines()[-1] == last
+
+
+@pytest.mark.parametrize("argv", [("--calibrators", "milder,zerotuning"), ()])
+def test_the_table_has_what_is_on_offer(plugins_installed, monkeypatch, argv):
+    if not argv:
+        monkeypatch.setenv("TRIMTAB_CALIBRATORS", "milder,zerotuning")
+    done = run("calibrators", *argv)
+    assert done.returncode == 0, done.stderr
+    assert titles(done.stdout) == ["milder  Milder, text", "zerotuning  ZeroTuning, text"]
+    assert done.stdout.splitlines()[-1].endswith(": broken")
+
+
+def titles(table):
+    """First lines of the paragraphs that describe a calibrator."""
+    return [line for line in table.splitlines() if re.match(r"\w+  \w+, text$", line)]
+
+
+def test_an_empty_offer(capsys):
+    assert cli.main(["calibrators", "--calibrators", ""]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("no calibrator is on offer\n")
+    assert "without --calibrators: zerotuning" in out
+
+
+@pytest.mark.parametrize("name", ["broken", "nobody"])
+def test_an_offer_that_cannot_be_made_is_one_line_and_status_2(plugins_installed, name):
+    done = run("calibrators", "--calibrators", f"zerotuning,{name}")
+    assert (done.returncode, done.stdout) == (2, "")
+    message = done.stderr.splitlines()[0]
+    assert message.startswith("trimtab: ")
+    assert repr(name) in message
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("folder", [None, "/somewhere"])

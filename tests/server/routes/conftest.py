@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from calibrators import registry
@@ -34,6 +35,7 @@ class FakeEngine:
         status: of answers that are not streamed.
         chunks: a stream's lines, in place of one finishing chunk per choice.
         before_chunk: called before each chunk of a stream.
+        ended: answers whose background task has run, as vLLM's count of its load needs.
     """
 
     def __init__(self):
@@ -45,16 +47,26 @@ class FakeEngine:
         self.status = 200
         self.chunks = None
         self.before_chunk = None
+        self.ended = 0
 
     async def handle(self, request, raw_request):
         self.requests.append(request)
         choices = self._run(request, raw_request.app.state.trimtab)
         if request.stream:
-            return StreamingResponse(self._stream(choices), media_type="text/event-stream")
+            return StreamingResponse(
+                self._stream(choices),
+                media_type="text/event-stream",
+                background=BackgroundTask(self._end),
+            )
         content = {"choices": [{"index": i, "finish_reason": "length"} for i in range(choices)]}
         if self.status != 200:
             content = {"error": {"message": "vLLM's own"}}
-        return JSONResponse(content, self.status, headers={"X-Load": "3"})
+        return JSONResponse(
+            content, self.status, headers={"X-Load": "3"}, background=BackgroundTask(self._end)
+        )
+
+    async def _end(self):
+        self.ended += 1
 
     def _run(self, request, front_end):
         for prompt in range(self.prompts):

@@ -288,8 +288,19 @@ def test_errors_of_the_engine_pass_without_a_receipt(post, engine, outcomes, ass
     assert response.status_code == status
     assert response.json()["error"]["message"] == "vLLM's own"
     assert "X-Calibration" not in response.headers
+    assert response.headers["X-Load"] == "3"
     assert outcomes() == {"failed": 1}
     assert_closed()
+
+
+@pytest.mark.parametrize("calibration", ["none", ZERO], ids=["plain", "calibrated"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [200, 404])
+@pytest.mark.parametrize("silent", [set(), {(0, 0)}], ids=["", "uncalibrated"])
+def test_vllm_learns_that_an_answer_is_out(post, engine, calibration, stream, status, silent):
+    engine.status, engine.silent = status, silent
+    post(calibration=calibration, stream=stream)
+    assert engine.ended == 1
 
 
 def test_a_handler_that_breaks_closes_the_receipt(post, engine, outcomes, assert_closed):
