@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibrators.interface import Prompt, Rows, Span
-from server.engine.batch import Member, members, pool_map, row_map
+from server.engine.batch import Member, members, row_map
+from server.engine.pools import pool_map
 from server.kernels.partials import TILE
 
 REQUEST = SimpleNamespace(prompt=Prompt(1000))
