@@ -198,6 +198,7 @@ def warm_up(dtype: torch.dtype, query_heads: int, kv_heads: int, head_dim: int, 
     tokens = torch.zeros(1, query_heads, head_dim, dtype=dtype)
     geometry = AttentionGeometry(1.0, 0.0, 0, none, none)
     attention = Attention(tokens, cache, rows, heads, geometry)
+    attention.column_means()
     partials = attention.pool_partials(pools)
     rest = partials.mass[..., 0].contiguous()
     combine(tokens, rows, heads, partials, partials.mass, rest)
