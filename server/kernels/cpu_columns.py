@@ -55,16 +55,20 @@ def _add_row(score, seen, i, start, numbers, lse, column):
     scale, cap, _ = numbers
     position, first, slope = seen[2][i], seen[3][i], seen[4][i]
     begin, end = max(first - start, 0), min(position - start + 1, score.shape[0])
-    for j in range(begin, end):
-        score[j] = score[j] * scale
+    # Slices, because loops that begin elsewhere than at 0 are not vectorised.
+    part, total = score[begin : max(end, begin)], column[begin : max(end, begin)]
+    for j in range(part.shape[0]):
+        part[j] = part[j] * scale
     if cap > 0 or slope != 0:
-        for j in range(begin, end):
-            distance = np.float32(start + j - position)
-            capped = cap * np.tanh(score[j] / cap) if cap > 0 else score[j]
-            score[j] = capped + slope * distance
-    for j in range(begin, end):
-        x = score[j] - lse
-        column[j] += power(np.float32(0) if x > 0 else x)
+        for j in range(part.shape[0]):
+            distance = np.float32(start + begin + j - position)
+            capped = cap * np.tanh(part[j] / cap) if cap > 0 else part[j]
+            part[j] = capped + slope * distance
+    for j in range(part.shape[0]):
+        x = part[j] - lse
+        part[j] = power(np.float32(0) if x > 0 else x)
+    for j in range(part.shape[0]):
+        total[j] += part[j]
 
 
 @njit(inline="always")
