@@ -16,7 +16,7 @@ Life of a request, in the order the engine calls:
 2. `prefill`, `observe`, `rows` once per request: how to schedule it, what to measure, which
    rows are calibrated.
 3. `resolve` once per request and layer, as soon as what it observes in that layer is known:
-   pools, heads and per-head parameters.
+   pools, heads and per-head parameters. Again where a prompt is computed again.
 4. `coefficients` once per layer and step, for *all* rows of this method in the step.
 
 Methods are stateless; what belongs to a request travels in `Bound` and `LayerPlan`. Heads are
@@ -357,7 +357,10 @@ class Calibrator(Protocol):
     def resolve(
         self, bound: Bound, layer: int, facts: ModelFacts, prompt: Prompt, observed: Observed
     ) -> LayerPlan | None:
-        """Pools, heads and parameters in one layer; None where the layer is left alone."""
+        """Pools, heads and parameters in one layer; None where the layer is left alone.
+
+        `observed` has what `observe` named in this layer.
+        """
         ...
 
     def coefficients(self, masses: Masses, parameters: Mapping[str, torch.Tensor]) -> Coefficients:

@@ -78,6 +78,32 @@ def zerotuning(probability: Tensor, gamma: Tensor) -> Tensor:
     return weighted / denominator[..., None]
 
 
+def column_means(probability: Tensor) -> Tensor:
+    """`s_j = sum_{i >= j} p_ij / (P - j)` of a whole prompt; `[query_heads, P]`.
+
+    Args:
+        probability: `[P, query_heads, P]`, rows in order.
+    """
+    length = probability.shape[0]
+    return probability.sum(0) / torch.arange(length, 0, -1).to(probability)
+
+
+def act(probability: Tensor, sinks: Tensor, beta: Tensor) -> Tensor:
+    """ACT on probabilities: sinks are scaled by `beta`, the rest of a row takes up their mass.
+
+    A row that sees no sink, or next to nothing else, is unchanged.
+
+    Args:
+        probability: `[rows, query_heads, keys]`.
+        sinks: bool, broadcasts to `probability`.
+        beta: broadcasts to `[rows, query_heads]`.
+    """
+    mass = torch.where(sinks, probability, 0).sum(-1)
+    rest = torch.where(1 - mass < 1e-6, 1, (1 - beta * mass) / (1 - mass))
+    factor = torch.where(1 - mass < 1e-6, 1, beta)
+    return torch.where(sinks, probability * factor[..., None], probability * rest[..., None])
+
+
 def recombine(
     probability: Tensor,
     pools: Sequence[Tensor],

@@ -18,7 +18,14 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from calibrators.canonical import RECEIPT_DIGITS, canonical_json, digest
-from calibrators.interface import Bound, CalibrationError, Calibrator, ModelFacts, Prefill
+from calibrators.interface import (
+    Bound,
+    CalibrationError,
+    Calibrator,
+    ColumnMeans,
+    ModelFacts,
+    Prefill,
+)
 from server.engine.facts import StepLimit
 
 FIELD = "calibration"
@@ -129,6 +136,7 @@ class Admission:
         default: `calibration` of requests that say nothing.
         limit: calibrations per request at most.
         step: the most tokens of one prompt that a step takes; None for any number.
+        ranks: tensor-parallel ranks, which share the heads of a layer.
 
     Raises:
         Refusal: the default itself is not admissible.
@@ -143,12 +151,14 @@ class Admission:
         default: object = None,
         limit: int = 2,
         step: StepLimit | None = None,
+        ranks: int = 1,
     ) -> None:
         self.calibrators = calibrators
         self.facts = facts
         self._model = model
         self._limit = limit
         self._step = step
+        self._ranks = ranks
         self._default: Admitted | None = None
         self._default = self.admit(default)
 
@@ -242,15 +252,22 @@ class Admission:
         return calibrator, bound
 
     def _check_supported(self, calibrator: Calibrator, bound: Bound, path: str) -> None:
-        """Refuse what a third party's method asks for and this engine cannot do."""
-        if calibrator.observe(bound):
-            raise Refusal(
-                "unsupported_feature",
-                path,
-                f"{calibrator.title} needs observations that this version of the engine does "
-                "not provide",
-                calibrator.name,
+        """Refuse what a method asks for and this engine cannot do."""
+        observations = calibrator.observe(bound)
+        if not observations:
+            return
+        if not all(isinstance(observation, ColumnMeans) for observation in observations):
+            reason = "needs observations that this version of the engine does not provide"
+        elif calibrator.prefill(bound) is not Prefill.WHOLE:
+            reason = "observes a prompt that it does not ask to have in one step"
+        elif self._ranks > 1:
+            reason = (
+                "observes all heads of a layer, of which each tensor-parallel rank has a part: "
+                "serve without --tensor-parallel-size"
             )
+        else:
+            return
+        raise Refusal("unsupported_feature", path, f"{calibrator.title} {reason}", calibrator.name)
 
     def _check_combination(self, calibrators: Sequence[Calibrator]) -> None:
         for reweights in (True, False):

@@ -109,6 +109,7 @@ def build_front_end(engine_client: EngineClient, settings: Settings) -> FrontEnd
             default=settings.default_calibration,
             limit=settings.max_calibrations_per_request,
             step=step_limit(config),
+            ranks=config.parallel_config.tensor_parallel_size,
         )
     except Refusal as refusal:
         raise startup.StartupRefused(f"--default-calibration: {refusal.message}") from None

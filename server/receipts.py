@@ -5,13 +5,15 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from server.admission import Admitted
 from server.engine.payload import KEY, Payload, Report, Tally
 
 if TYPE_CHECKING:
     from calibrators.interface import Bound
+
+Number = TypeVar("Number", int, float)
 
 
 class NotApplied(Exception):
@@ -110,16 +112,24 @@ def total(tallies: Iterable[Tally]) -> Tally:
         result.prompt_tokens += tally.prompt_tokens
         result.completion_tokens += tally.completion_tokens
         result.count += tally.count
-        for name, value in tally.sums.items():
-            result.sums[name] = result.sums.get(name, 0.0) + value
+        _add(result.sums, tally.sums)
+        _add(result.layer_sums, tally.layer_sums)
+        _add(result.layer_counts, tally.layer_counts)
     return result
+
+
+def _add(totals: dict[str, Number], more: Mapping[str, Number]) -> None:
+    for name, value in more.items():
+        totals[name] = totals.get(name, 0) + value
 
 
 def statistics(tally: Tally) -> Mapping[str, float]:
     """Means over what was calibrated; empty where nothing was measured."""
-    if not tally.count:
-        return {}
-    return {name: value / tally.count for name, value in tally.sums.items()}
+    counts = tally.layer_counts
+    means = {name: value / counts[name] for name, value in tally.layer_sums.items()}
+    if tally.count:
+        means |= {name: value / tally.count for name, value in tally.sums.items()}
+    return means
 
 
 def counts(tally: Tally) -> dict[str, Any]:

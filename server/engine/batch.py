@@ -10,8 +10,9 @@ import numpy.typing as npt
 import torch
 
 from calibrators.interface import Rows
-from server.engine.requests import CalibratedRequest, Program, RequestTable
-from server.kernels.partials import TILE, PoolMap, RowMap
+from server.engine.programs import Program
+from server.engine.requests import CalibratedRequest, RequestTable
+from server.kernels.partials import TILE, RowMap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,8 +65,11 @@ def members(
     return found
 
 
-def row_map(batch: Sequence[Member], programs: Sequence[Program]) -> RowMap:
-    """The calibrated rows of one method; `programs[s]` belongs to `batch[s]`, its slot."""
+def row_map(batch: Sequence[Member], programs: Sequence[Program] | None = None) -> RowMap:
+    """The calibrated rows of one method; `programs[s]` belongs to `batch[s]`, its slot.
+
+    Without programs, all rows.
+    """
     table = np.array([(m.row, m.token, m.start, m.stop - m.start) for m in batch], np.int64)
     # Contiguous, since kernels would be compiled anew for anything else.
     request, token, start, lengths = np.ascontiguousarray(table.T)
@@ -74,7 +78,7 @@ def row_map(batch: Sequence[Member], programs: Sequence[Program]) -> RowMap:
         slot = np.repeat(slot, lengths)
         index = np.arange(len(slot)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         position, token = index + start[slot], index + token[slot]
-    keep = _calibrated(batch, programs, slot, position)
+    keep = None if programs is None else _calibrated(batch, programs, slot, position)
     if keep is not None:
         slot, position, token = slot[keep], position[keep], token[keep]
     return RowMap(
@@ -116,13 +120,3 @@ def _tiles(slot: npt.NDArray[np.int64], position: npt.NDArray[np.int64]) -> IntA
     index = np.arange(count)
     within = index - np.repeat(starts, np.diff(starts, append=count))
     return np.append(index[within % TILE == 0], count).astype(np.int32)
-
-
-def pool_map(pools: Sequence[tuple[IntArray, ...]]) -> PoolMap:
-    """Compressed rows of the pools of each slot, for one layer."""
-    lengths = [[0, *(len(pool) for pool in slot)] for slot in pools]
-    flat = [pool for slot in pools for pool in slot]
-    keys = np.concatenate(flat) if flat else np.empty(0, np.int32)
-    ends = np.cumsum(np.array(lengths, np.int32), axis=1, dtype=np.int32)
-    starts = np.cumsum(np.r_[np.int32(0), ends[:-1, -1]], dtype=np.int32)
-    return PoolMap(torch.from_numpy(keys), torch.from_numpy(ends + starts[:, None]))

@@ -67,12 +67,16 @@ class Tally:
             back and does not count.
         sums: per statistic, the sum over calibrated (layer, head, row).
         count: number of calibrated (layer, head, row) in `sums`.
+        layer_sums: per statistic of the layers' plans, the sum over layers that have it.
+        layer_counts: number of layers in each of `layer_sums`.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0
+    layer_sums: dict[str, float] = field(default_factory=dict)
+    layer_counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,15 @@ class Report:
     def to_transfer_params(self) -> dict[str, Any]:
         """Form that msgpack carries; made for every output, and `asdict` takes 20 times as long."""
         tallies = [
-            (t.prompt_tokens, t.completion_tokens, {**t.sums}, t.count) for t in self.tallies
+            (
+                t.prompt_tokens,
+                t.completion_tokens,
+                {**t.sums},
+                t.count,
+                {**t.layer_sums},
+                {**t.layer_counts},
+            )
+            for t in self.tallies
         ]
         return {
             "ticket": self.ticket,

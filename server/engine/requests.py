@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from calibrators.interface import Bound, Calibrator, LayerPlan, ModelFacts, Pool, Prompt, Rows
+from calibrators.interface import Bound, Calibrator, ModelFacts, Prompt, Rows
 from server.engine.guard import attempt
-from server.engine.payload import Payload, Tally
+from server.engine.payload import Payload
+from server.engine.programs import HeadShard, Program
 
 if TYPE_CHECKING:
-    from calibrators.interface import BoolArray, FloatArray, IntArray
-
-
-@dataclass(frozen=True, slots=True)
-class HeadShard:
-    """The query heads of this tensor-parallel rank: `start <= head < stop` of the model."""
-
-    start: int
-    stop: int
-
-
-@dataclass(slots=True)
-class Program:
-    """One calibration of one request, resolved for every layer of this rank.
-
-    Attributes:
-        calibrator: its method.
-        rows: which positions are calibrated.
-        heads: bool `[layers, heads of this rank]`.
-        parameters: float32 of the same shape, by name.
-        pools: per layer, int32 keys of each pool.
-        tally: what was done so far.
-    """
-
-    calibrator: Calibrator
-    rows: Rows
-    heads: BoolArray
-    parameters: Mapping[str, FloatArray]
-    pools: list[tuple[IntArray, ...]]
-    tally: Tally = field(default_factory=Tally)
+    from calibrators.interface import IntArray
 
 
 @dataclass(slots=True)
@@ -57,7 +28,8 @@ class CalibratedRequest:
         programs: one per calibration, in order.
         covered: positions below this are in the tallies; recomputing them after a preemption
             adds nothing.
-        failed: a result was not finite; the request will be answered with an error.
+        failed: a calibrator raised or a result was not finite; the request will be answered with
+            an error.
     """
 
     ticket: str
@@ -122,49 +94,7 @@ class RequestTable:
 
     def _program(self, bound: Bound, prompt: Prompt) -> Program:
         calibrator = self._calibrators[bound.method]
-        plans = [
-            calibrator.resolve(bound, layer, self._facts, prompt, {})
-            for layer in range(self._facts.layers)
-        ]
-        return Program(
-            calibrator,
-            calibrator.rows(bound, prompt),
-            np.stack([self._local_heads(plan) for plan in plans]),
-            {
-                name: np.stack([self._local_parameter(plan, name) for plan in plans])
-                for name in calibrator.parameters
-            },
-            [_pool_keys(calibrator, plan) for plan in plans],
-        )
-
-    def _local_heads(self, plan: LayerPlan | None) -> BoolArray:
-        heads = np.zeros(self._facts.query_heads) if plan is None else plan.heads
-        return self._local(heads).astype(np.bool_)
-
-    def _local_parameter(self, plan: LayerPlan | None, name: str) -> FloatArray:
-        values = np.zeros(self._facts.query_heads) if plan is None else plan.parameters[name]
-        return self._local(values).astype(np.float32)
-
-    def _local(self, per_head: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        if per_head.shape != (self._facts.query_heads,):
-            raise ValueError(f"a plan has {per_head.shape} in place of one entry per query head")
-        return per_head[self._shard.start : self._shard.stop]
-
-
-def _pool_keys(calibrator: Calibrator, plan: LayerPlan | None) -> tuple[IntArray, ...]:
-    if plan is None:
-        return (np.empty(0, np.int32),) * len(calibrator.pools)
-    if len(plan.pools) != len(calibrator.pools):
-        raise ValueError(f"a plan has {len(plan.pools)} pools, not {len(calibrator.pools)}")
-    if plan.generated_pools is not None or plan.statistics:
-        raise NotImplementedError("pools of generated rows and statistics of layers")
-    return tuple(_keys(pool) for pool in plan.pools)
-
-
-def _keys(pool: Pool) -> IntArray:
-    if isinstance(pool.keys, np.ndarray) and pool.weights is None and pool.above is None:
-        return pool.keys.astype(np.int32)
-    raise NotImplementedError("pools with weights, thresholds, spans or keys per head")
+        return Program(calibrator, bound, prompt, self._facts, self._shard)
 
 
 def positions(rows: Rows, start: int, stop: int, prompt_length: int) -> IntArray:

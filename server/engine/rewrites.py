@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from calibrators.interface import Calibrator, Masses
 from server.engine.guard import attempt
 from server.engine.stack import Stack
 from server.kernels import cpu as kernels
-from server.kernels.partials import Changes, RowMap
+from server.kernels.partials import Changes, PoolMap, RowMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class Rewrite(Protocol):
 
 def rewrite(calibrator: Calibrator, stack: Stack, rows: RowMap) -> Rewrite:
     """The quickest way a method allows."""
-    if _rescales(type(calibrator)):
-        return Rescaling(calibrator, stack, rows)
+    if stack.maps is not None and _rescales(type(calibrator)):
+        return Rescaling(calibrator, stack, stack.maps, rows)
     return Recombining(calibrator, stack, rows)
 
 
@@ -64,10 +64,12 @@ def _rescales(method: type[Calibrator]) -> bool:
 class Rescaling:
     """Of a method that multiplies its pool by a parameter: one kernel, and no call per layer."""
 
-    def __init__(self, calibrator: Calibrator, stack: Stack, rows: RowMap) -> None:
+    def __init__(
+        self, calibrator: Calibrator, stack: Stack, maps: Sequence[PoolMap], rows: RowMap
+    ) -> None:
         self._pool = calibrator.pools[0]
         self._factors = stack.parameters[str(calibrator.rescales)]
-        self._pools = stack.pools
+        self._pools = maps
         self._changes = Changes.none(len(rows.token), stack.heads[0].shape[1])
 
     def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:

@@ -4,35 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from server.engine.batch import pool_map
-from server.engine.requests import Program
-from server.kernels.partials import PoolMap
-
-if TYPE_CHECKING:
-    from calibrators.interface import IntArray
+from calibrators.interface import Pool
+from server.engine.pools import LayerPools, stacked
+from server.engine.programs import Program
+from server.kernels.partials import PoolMap, PoolTable
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stack:
     """What requests do in each layer; a slot is a request.
 
     Attributes:
+        programs: one per slot.
         heads: per layer, bool `[slots, heads]`.
         parameters: by name, per layer, float32 of the same shape.
         pools: per layer.
+        maps: the same where all are plain and none will change; else None.
         active: layers with any selected head.
     """
 
-    heads: Sequence[Tensor]
-    parameters: Mapping[str, Sequence[Tensor]]
-    pools: Sequence[PoolMap]
-    active: frozenset[int]
+    programs: Sequence[Program]
+    heads: list[Tensor]
+    parameters: Mapping[str, list[Tensor]]
+    pools: list[PoolMap | PoolTable]
+    maps: Sequence[PoolMap] | None
+    active: set[int]
 
     @classmethod
     def of(cls, programs: Sequence[Program]) -> Stack:
@@ -42,28 +43,58 @@ class Stack:
             name: torch.from_numpy(np.stack([p.parameters[name] for p in programs], axis=1))
             for name in programs[0].calibrator.parameters
         }
+        pools = _pools(programs)
+        maps = [pool for pool in pools if isinstance(pool, PoolMap)]
+        settled = len(maps) == len(pools) and not any(program.observed for program in programs)
         return cls(
-            torch.from_numpy(heads).unbind(),
-            {name: table.unbind() for name, table in parameters.items()},
-            _pools(programs),
-            frozenset(np.flatnonzero(heads.any((1, 2))).tolist()),
+            programs,
+            list(torch.from_numpy(heads).unbind()),
+            {name: list(table.unbind()) for name, table in parameters.items()},
+            pools,
+            maps if settled else None,
+            set(np.flatnonzero(heads.any((1, 2))).tolist()),
         )
 
+    def renew(self, layer: int) -> None:
+        """Stack a layer again, after a program was resolved in it or given up.
 
-def _pools(programs: Sequence[Program]) -> list[PoolMap]:
-    """Pool maps by layer; requests whose pools are the same in all layers are mapped once."""
+        That happens in a step that the program takes part in, and so to the stack in use.
+        """
+        heads = np.stack([program.heads[layer] for program in self.programs])
+        self.heads[layer] = torch.from_numpy(heads)
+        for name, tables in self.parameters.items():
+            rows = [program.parameters[name][layer] for program in self.programs]
+            tables[layer] = torch.from_numpy(np.stack(rows))
+        self.pools[layer] = _stacked(self.programs, layer)
+        self.active.discard(layer)
+        if heads.any():
+            self.active.add(layer)
+
+
+def _pools(programs: Sequence[Program]) -> list[PoolMap | PoolTable]:
+    """Pools by layer; requests whose pools are the same in all layers are mapped once."""
     depth = len(programs[0].pools)
     layers = [[program.pools[layer] for program in programs] for layer in range(depth)]
-    maps: list[PoolMap] = []
+    maps: list[PoolMap | PoolTable] = []
     for layer, pools in enumerate(layers):
         same = layer > 0 and _same(pools, layers[layer - 1])
-        maps.append(maps[-1] if same else pool_map(pools))
+        maps.append(maps[-1] if same else _stacked(programs, layer))
     return maps
 
 
-def _same(left: Sequence[tuple[IntArray, ...]], right: Sequence[tuple[IntArray, ...]]) -> bool:
+def _stacked(programs: Sequence[Program], layer: int) -> PoolMap | PoolTable:
+    pools = [program.pools[layer] for program in programs]
+    prompts = [program.prompt.length for program in programs]
+    return stacked(pools, prompts, programs[0].heads.shape[1])
+
+
+def _same(left: Sequence[LayerPools], right: Sequence[LayerPools]) -> bool:
     return all(
-        np.array_equal(a, b)
+        one is other or (one.plain and other.plain and all(map(_equal, one.prompt, other.prompt)))
         for one, other in zip(left, right, strict=True)
-        for a, b in zip(one, other, strict=True)
     )
+
+
+def _equal(one: Pool, other: Pool) -> bool:
+    """Whether two lists of keys are the same."""
+    return np.array_equal(one.keys, other.keys)  # type: ignore[arg-type]

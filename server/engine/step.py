@@ -12,10 +12,11 @@ from torch import Tensor
 
 from calibrators.interface import Calibrator
 from server.engine.batch import Member, row_map
+from server.engine.programs import Program
 from server.engine.ranks import Share, Union, alone
-from server.engine.requests import Program
 from server.engine.rewrites import rewrite
 from server.engine.stack import Stack
+from server.engine.taps import Taps
 from server.kernels import cpu as kernels
 from server.kernels.partials import AttentionGeometry, PagedCache
 
@@ -29,6 +30,7 @@ class MethodStep:
         self._batch = batch
         self._programs = programs
         self._stack = stack
+        self._taps = Taps(batch, programs, stack)
         self._rows = row_map(batch, programs)
         self._rewrite = rewrite(self.calibrator, stack, self._rows)
 
@@ -41,12 +43,12 @@ class MethodStep:
         geometry: AttentionGeometry,
     ) -> None:
         """Rewrite this method's rows of the stock `output` `[tokens, heads, head_dim]`."""
-        if layer not in self._stack.active or not len(self._rows.token):
-            return
         started = time.perf_counter()
-        heads = self._stack.heads[layer]
-        attention = kernels.Attention(query, cache, self._rows, heads, geometry)
-        self._rewrite.apply(layer, attention, output)
+        self._taps.resolve(layer, query, cache, geometry)
+        if layer in self._stack.active and len(self._rows.token):
+            heads = self._stack.heads[layer]
+            attention = kernels.Attention(query, cache, self._rows, heads, geometry)
+            self._rewrite.apply(layer, attention, output)
         self.seconds += time.perf_counter() - started
 
     def share(self) -> Share:

@@ -19,8 +19,9 @@ from server.engine.context import StepContext
 from server.engine.cpu_attention import unreadable
 from server.engine.facts import calibrators_of, model_facts
 from server.engine.payload import Report
+from server.engine.programs import HeadShard
 from server.engine.ranks import across
-from server.engine.requests import HeadShard, RequestTable
+from server.engine.requests import RequestTable
 from server.kernels import cpu as kernels
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.kernels import cpu_lse, cpu_pools, cpu_rescale
+from server.kernels import cpu_columns, cpu_lse, cpu_partials, cpu_pools, cpu_rescale
 from server.kernels.cpu_vector import PAIRS
 from server.kernels.partials import (
     Array,
@@ -28,6 +28,7 @@ from server.kernels.partials import (
     PagedCache,
     Partials,
     PoolMap,
+    PoolTable,
     RowMap,
 )
 
@@ -83,16 +84,41 @@ class Attention:
         )
         return out
 
-    def pool_partials(self, pools: PoolMap) -> Partials:
+    def column_means(self) -> Tensor:
+        """Mean probability each key gets from the rows that can see it; reads every key again.
+
+        The rows of a slot are its prompt, positions `0 <= i < P` in order. Column `r` of the result
+        is the key at the position of row `r`: `s_j = sum_{i >= j} p_ij / (P - j)`. float32
+        `[query_heads, rows]`, zero on heads that are not selected.
+        """
+        rows, query_heads, head_dim = self._shape
+        out = torch.zeros(query_heads, rows)
+        _run(
+            cpu_columns.serial,
+            cpu_columns.parallel,
+            *self._query,
+            self._pages,
+            head_dim,
+            self._table,
+            self._rows,
+            self._heads,
+            self._model,
+            self.log_sum_exp.numpy(),
+            out.numpy(),
+        )
+        return out
+
+    def pool_partials(self, pools: PoolMap | PoolTable) -> Partials:
         """Mass and value sum of each pool, zero on heads that are not selected."""
         rows, query_heads, head_dim = self._shape
+        pools = PoolTable.of(pools, query_heads) if isinstance(pools, PoolMap) else pools
         mass = torch.empty(rows, query_heads, pools.pools)
         value = torch.empty(rows, query_heads, pools.pools, head_dim)
         if pools.pools == 0:
             return Partials(mass, value)
         _run(
-            cpu_pools.partials_serial,
-            cpu_pools.partials_parallel,
+            cpu_partials.serial,
+            cpu_partials.parallel,
             *self._given(pools),
             self.log_sum_exp.numpy(),
             mass.numpy(),
@@ -121,7 +147,7 @@ class Attention:
             changes.arrays,
         )
 
-    def _given(self, pools: PoolMap) -> tuple[Any, ...]:
+    def _given(self, pools: PoolMap | PoolTable) -> tuple[Any, ...]:
         given = (self._pages, self._table, self._rows, pools.arrays, self._heads, self._model)
         return *self._query, *given
 
@@ -172,6 +198,7 @@ def warm_up(dtype: torch.dtype, query_heads: int, kv_heads: int, head_dim: int, 
     tokens = torch.zeros(1, query_heads, head_dim, dtype=dtype)
     geometry = AttentionGeometry(1.0, 0.0, 0, none, none)
     attention = Attention(tokens, cache, rows, heads, geometry)
+    attention.column_means()
     partials = attention.pool_partials(pools)
     rest = partials.mass[..., 0].contiguous()
     combine(tokens, rows, heads, partials, partials.mass, rest)

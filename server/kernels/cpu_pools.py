@@ -1,4 +1,4 @@
-"""Pool partials and their combination, compiled.
+"""Partials of one pool, and the combination of all, compiled.
 
 Untyped, because numba compiles each function per argument types; shapes are those of
 `server.kernels.partials`. Log-sum-exps and logits are in base 2.
@@ -8,12 +8,12 @@ import numpy as np
 from numba import njit, prange
 
 from server.kernels.cpu_elements import FASTMATH, power, store, widen
-from server.kernels.cpu_tiles import buffer_for, chosen_heads, dot, load, load_key, seen_by
-from server.kernels.partials import TILE
+from server.kernels.cpu_tiles import dot, load_key
 
 
 @njit(inline="always")
-def _shape(score, soft_cap, slope, distance):
+def shape(score, soft_cap, slope, distance):
+    """A logit from its product, soft cap and ALiBi slope applied."""
     if soft_cap > 0:
         score = soft_cap * np.tanh(score / soft_cap)
     return score + slope * distance
@@ -54,72 +54,11 @@ def measure(queries, seen, count, pages, table, kv, keys, numbers, found):
             if key < first[i] or key > positions[i]:
                 continue
             distance = np.float32(key - positions[i])
-            x = _shape(dot(queries, i, k) * scale, cap, slopes[i], distance) - lse[i]
+            x = shape(dot(queries, i, k) * scale, cap, slopes[i], distance) - lse[i]
             p = power(np.float32(0) if x > 0 else x)
             mass[i] += p
             for d in range(head_dim):
                 value[i, d] += p * v[d]
-
-
-@njit(fastmath=FASTMATH, error_model="numpy", cache=True)
-def partials_serial(
-    task, tasks, query, stride, pages, block_table, rows, pools, heads, model, lse, mass, value
-):
-    """Every `tasks`-th pair of a tile and a KV head from `task` on; see `partials_parallel`."""
-    request, slot, tiles = rows[1], rows[2], rows[4]
-    keys, offsets = pools
-    kv_heads, head_dim = pages.shape[1], value.shape[3]
-    group = lse.shape[1] // kv_heads
-    queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group)
-    found = found_in(TILE * group, head_dim)
-    every = np.empty(group, np.int64)
-    for index in range(task, (tiles.shape[0] - 1) * kv_heads, tasks):
-        kv, begin, end = index % kv_heads, tiles[index // kv_heads], tiles[index // kv_heads + 1]
-        mass[begin:end, kv * group : (kv + 1) * group] = 0
-        value[begin:end, kv * group : (kv + 1) * group] = 0
-        chosen = every[: chosen_heads(heads, slot[begin], kv, group, every)]
-        if chosen.shape[0] == 0:
-            continue
-        count = load(query, stride, rows, begin, end, chosen, model, queries, seen)
-        for i in range(count):
-            found[0][i] = lse[begin + i // chosen.shape[0], chosen[i % chosen.shape[0]]]
-        for g in range(offsets.shape[1] - 1):
-            pool = keys[offsets[slot[begin], g] : offsets[slot[begin], g + 1]]
-            table = block_table[request[begin]]
-            measure(queries, seen, count, pages, table, kv, pool, model[0], found)
-            for i in range(count):
-                r, h = begin + i // chosen.shape[0], chosen[i % chosen.shape[0]]
-                mass[r, h, g] = found[1][i]
-                value[r, h, g] = found[2][i]
-
-
-@njit(parallel=True, cache=True)
-def partials_parallel(
-    threads, query, stride, pages, block_table, rows, pools, heads, model, lse, mass, value
-):
-    """Fill every element of `mass` and `value`, with so many threads.
-
-    `query` is flat, tokens `stride` apart; `rows` is `(token, request, slot, position, tiles)`;
-    `pools` is `(keys, offsets)`; `model` is `((scale, soft cap, window), slopes, sinks)`.
-    """
-    numbers, alibi, sinks = model
-    for thread in prange(threads):
-        given = (numbers, alibi, sinks)
-        partials_serial(
-            thread,
-            threads,
-            query,
-            stride,
-            pages,
-            block_table,
-            rows,
-            pools,
-            heads,
-            given,
-            lse,
-            mass,
-            value,
-        )
 
 
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)

@@ -114,6 +114,52 @@ class PoolMap:
         return self.keys.numpy(), self.offsets.numpy()
 
 
+@dataclass(frozen=True)
+class PoolTable:
+    """Pools that differ between heads or between prompt and generated rows, or are narrowed by row.
+
+    A *set* is one choice of all pools. Key `j` is in pool `g` of set `n` for row `i` where it is
+    listed, or within the span, and `p_ij > above[n, g, 0] + above[n, g, 1] / (i + 1)`.
+
+    Attributes:
+        listed: keys by set in place of slot.
+        spans: int32 `[sets, pools, 2]`, positions `start <= j < stop`; all below the listed keys.
+        above: float32 `[sets, pools, 2]`; (-1, 0) for every key.
+        sets: int32 `[slots, 2, query_heads]`, the set of prompt rows and of generated rows.
+        prompts: int32 `[slots]`, the position of the first generated row.
+    """
+
+    listed: PoolMap
+    spans: Tensor
+    above: Tensor
+    sets: Tensor
+    prompts: Tensor
+
+    @classmethod
+    def of(cls, pools: PoolMap, query_heads: int) -> PoolTable:
+        """The same pools for all heads and rows."""
+        sets = torch.arange(len(pools.offsets), dtype=torch.int32)
+        above = torch.tensor([-1.0, 0.0]).expand(len(sets), pools.pools, 2).contiguous()
+        return cls(
+            pools,
+            torch.zeros(len(sets), pools.pools, 2, dtype=torch.int32),
+            above,
+            sets[:, None, None].expand(-1, 2, query_heads).contiguous(),
+            torch.zeros_like(sets),
+        )
+
+    @property
+    def pools(self) -> int:
+        """Number of pools of every set."""
+        return self.listed.pools
+
+    @cached_property
+    def arrays(self) -> tuple[Array, ...]:
+        """Keys, offsets and the other fields in order, as views for the CPU."""
+        fields = (self.spans, self.above, self.sets, self.prompts)
+        return *self.listed.arrays, *(field.numpy() for field in fields)
+
+
 @dataclass(frozen=True, slots=True)
 class Partials:
     """Measured pools; zero on heads that are not selected.

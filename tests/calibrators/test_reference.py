@@ -132,3 +132,33 @@ def test_recombine_wants_a_factor_for_each_pool():
     p = torch.full((1, 1, 2), 0.5)
     with pytest.raises(ValueError, match="zip"):
         reference.recombine(p, [torch.tensor([True, False])], [], torch.ones(1, 1))
+
+
+def test_column_means_are_over_the_rows_that_see_the_key(tensors):
+    query, key, _ = tensors
+    p = reference.probabilities(query, key, torch.arange(KEYS), Geometry(0.25))
+    means = reference.column_means(p)
+    for head, j in ((0, 0), (3, 7), (5, KEYS - 1)):
+        column = [float(p[row, head, j]) for row in range(j, KEYS)]
+        assert float(means[head, j]) == pytest.approx(sum(column) / len(column))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_act_scales_sinks_and_keeps_the_mass(tensors, beta):
+    query, key, _ = tensors
+    p = reference.probabilities(query, key, torch.arange(KEYS), Geometry(0.25))
+    sinks = torch.zeros(HEADS, KEYS, dtype=torch.bool)
+    sinks[:, [3, 9]] = True
+    changed = reference.act(p, sinks, torch.tensor(beta).double())
+    assert torch.equal(changed[:3], p[:3])
+    torch.testing.assert_close(changed[..., [3, 9]], beta * p[..., [3, 9]])
+    torch.testing.assert_close(changed.sum(-1), p.sum(-1))
+    torch.testing.assert_close(changed[9:, :, 1] / changed[9:, :, 2], p[9:, :, 1] / p[9:, :, 2])
+    if beta == 1:
+        torch.testing.assert_close(changed, p)
+
+
+def test_act_leaves_rows_of_sinks_alone():
+    p = torch.tensor([[[0.0, 1.0, 0.0]], [[1e-7, 0.5, 0.5]]]).double()
+    sinks = torch.tensor([False, True, True])
+    assert torch.equal(reference.act(p, sinks, torch.tensor(0.4).double()), p)

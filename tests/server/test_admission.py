@@ -7,7 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibrators import registry
-from calibrators.interface import Bound, CalibrationError, ColumnMeans, ModelFacts
+from calibrators.interface import (
+    Bound,
+    CalibrationError,
+    ColumnMeans,
+    HeadOutputs,
+    ModelFacts,
+    Prefill,
+    ProbabilityBlock,
+    ResidualPeaks,
+    Span,
+)
 from server.admission import MAX_KEYS, REASONS, Admission, Admitted, Refusal
 
 FACTS = ModelFacts("LlamaForCausalLM", 4, 6, 2, 32, 192, 512)
@@ -154,10 +164,47 @@ def test_vision_methods_need_a_vision_model(make_admission, make_facts):
     assert admission.unavailable(admission.calibrators["vision"]) is None
 
 
-def test_what_the_engine_cannot_do_yet_is_refused(make_admission, make_calibrator):
-    needy = make_calibrator("needy", observe=lambda self, bound: (ColumnMeans(0),))
-    refusal = refused("needy", make_admission(needy))
+@pytest.fixture
+def observing(make_calibrator):
+    """A calibrator that observes, and how it has its prompt cut."""
+
+    def make(*observations, prefill=Prefill.WHOLE):
+        return make_calibrator(
+            "needy",
+            observe=lambda self, bound: observations,
+            prefill=lambda self, bound: prefill,
+        )
+
+    return make
+
+
+def test_column_means_of_a_whole_prompt_are_admitted(make_admission, observing):
+    admission = make_admission(observing(ColumnMeans(0), ColumnMeans(2)))
+    assert admission.admit("needy").prefill.policy is Prefill.WHOLE
+
+
+@pytest.mark.parametrize(
+    "observation",
+    [ProbabilityBlock(0, (1,), (Span(0, 1),)), ResidualPeaks(0, (1,)), HeadOutputs(0)],
+    ids=str,
+)
+def test_what_the_engine_cannot_measure_is_refused(make_admission, observing, observation):
+    refusal = refused("needy", make_admission(observing(ColumnMeans(0), observation)))
     assert (refusal.reason, refusal.method) == ("unsupported_feature", "needy")
+    assert "does not provide" in refusal.message
+
+
+@pytest.mark.parametrize("policy", [Prefill.ANY, Prefill.SPLIT_LAST])
+def test_column_means_of_a_prompt_in_pieces_are_refused(make_admission, observing, policy):
+    refusal = refused("needy", make_admission(observing(ColumnMeans(0), prefill=policy)))
+    assert (refusal.reason, refusal.method) == ("unsupported_feature", "needy")
+    assert "one step" in refusal.message
+
+
+def test_observations_over_the_heads_of_several_ranks_are_refused(make_admission, observing):
+    refusal = refused("needy", make_admission(observing(ColumnMeans(0)), ranks=2))
+    assert (refusal.reason, refusal.method) == ("unsupported_feature", "needy")
+    assert "--tensor-parallel-size" in refusal.message
 
 
 @pytest.mark.parametrize(

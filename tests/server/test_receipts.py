@@ -111,6 +111,15 @@ def test_statistics_are_means_and_absent_without_measurements():
     assert statistics(tally(a=2.0)) == {}
 
 
+def test_statistics_of_layers_are_means_over_layers_and_choices():
+    tallies = [
+        Tally(layer_sums={"s": 6.0}, layer_counts={"s": 2}),
+        Tally(layer_sums={"s": 3.0, "t": 5.0}, layer_counts={"s": 1, "t": 1}),
+    ]
+    assert statistics(total(tallies)) == {"s": 3.0, "t": 5.0}
+    assert statistics(total([*tallies, tally(count=4, a=2.0)])) == {"a": 0.5, "s": 3.0, "t": 5.0}
+
+
 def test_the_desk_finds_receipts_by_ticket():
     desk, one, other = ReceiptDesk(), make_receipt(), make_receipt()
     desk.issue(one)

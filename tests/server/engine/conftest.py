@@ -10,7 +10,8 @@ from calibrators import registry
 from calibrators.interface import Bound, Prompt
 from calibrators.zerotuning import ZeroTuning, ZeroTuningSettings
 from server.engine.payload import Payload
-from server.engine.requests import HeadShard, RequestTable
+from server.engine.programs import HeadShard
+from server.engine.requests import RequestTable
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibrators.interface import Prompt, Rows, Span
-from server.engine.batch import Member, members, pool_map, row_map
+from server.engine.batch import Member, members, row_map
 from server.kernels.partials import TILE
 
 REQUEST = SimpleNamespace(prompt=Prompt(1000))
@@ -107,19 +107,3 @@ def test_types_of_the_row_map():
     names = ("token", "request", "slot", "position", "tiles")
     types = [str(getattr(rows, name).dtype).removeprefix("torch.") for name in names]
     assert types == ["int64", "int32", "int32", "int32", "int32"]
-
-
-@pytest.mark.parametrize(
-    ("pools", "keys", "offsets"),
-    [
-        ([([0],), ([0],)], [0, 0], [[0, 1], [1, 2]]),
-        ([([0, 3], []), ([], [7]), ([], [])], [0, 3, 7], [[0, 2, 2], [2, 2, 3], [3, 3, 3]]),
-        ([(), ()], [], [[0], [0]]),
-    ],
-)
-def test_pools_as_compressed_rows(pools, keys, offsets):
-    found = pool_map([tuple(np.array(pool, np.int32) for pool in slot) for slot in pools])
-    assert found.keys.tolist() == keys
-    assert found.offsets.tolist() == offsets
-    assert found.pools == len(pools[0])
-    assert (str(found.keys.dtype), str(found.offsets.dtype)) == ("torch.int32", "torch.int32")

@@ -13,7 +13,8 @@ from calibrators.zerotuning import ZeroTuning
 from server.engine.batch import Member
 from server.engine.guard import attempt
 from server.engine.payload import KEY, Payload
-from server.engine.requests import HeadShard, RequestTable, positions
+from server.engine.programs import HeadShard
+from server.engine.requests import RequestTable, positions
 from server.engine.step import Planner
 from tests.server.kernels.paging import problem
 
@@ -48,8 +49,20 @@ def test_attempt_returns_or_gives_none(caplog):
     assert "calibrator some raised" in caplog.text
 
 
-def test_a_plan_the_engine_can_do():
-    assert table(Resolving(PLAN)).get("one").failed is False
+@pytest.mark.parametrize(
+    "plan",
+    [
+        PLAN,
+        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS, above=Threshold(0.1)),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(Span(1, 10**12)),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool([KEYS] * 6),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS),), generated_pools=(Pool(KEYS),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS),), statistics={"sinks": 1.0}),
+    ],
+    ids=str,
+)
+def test_a_plan_the_engine_can_do(plan):
+    assert table(Resolving(plan)).get("one").failed is False
 
 
 @pytest.mark.parametrize(
@@ -61,11 +74,16 @@ def test_a_plan_the_engine_can_do():
         LayerPlan(HEADS, {"gamma": np.ones(7, np.float32)}, PLAN.pools),
         LayerPlan(HEADS, PLAN.parameters, ()),
         LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS, np.ones(1, np.float32)),)),
-        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS, above=Threshold(0.1)),)),
-        LayerPlan(HEADS, PLAN.parameters, (Pool(Span(1, 9)),)),
-        LayerPlan(HEADS, PLAN.parameters, (Pool([KEYS] * 6),)),
-        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS),), generated_pools=(Pool(KEYS),)),
-        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS),), statistics={"sinks": 1.0}),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS - 1),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS[None]),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(np.array([3, 1], np.int32)),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(np.array([3, 3], np.int32)),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(Span(9, 1)),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(Span(-1, 1)),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool([KEYS] * 5),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool([KEYS] * 5 + [KEYS - 1]),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS),), generated_pools=()),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS),), statistics={"sinks": float("nan")}),
     ],
     ids=str,
 )

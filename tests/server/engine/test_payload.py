@@ -6,7 +6,7 @@ import pytest
 from calibrators.interface import Prefill
 from server.engine.payload import KEY, Payload, Report, Tally
 
-TALLIES = [Tally(5, 2, {"key0_mass_before": 0.25}, 7), Tally()]
+TALLIES = [Tally(5, 2, {"key0_mass_before": 0.25}, 7, {"sinks": 3.0}, {"sinks": 2}), Tally()]
 
 
 def test_a_payload_survives_the_way_down(bound):

@@ -9,8 +9,8 @@ import torch
 
 from calibrators.interface import Prompt
 from server.engine.batch import members
+from server.engine.programs import HeadShard
 from server.engine.ranks import Share, across, alone, united
-from server.engine.requests import HeadShard
 from server.engine.step import Planner
 from server.kernels.partials import PagedCache
 from tests.server.kernels.paging import problem

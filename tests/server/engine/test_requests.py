@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibrators.interface import LayerPlan, Pool, Prompt, Rows, Span
-from server.engine.requests import HeadShard, positions
+from server.engine.programs import HeadShard
+from server.engine.requests import positions
 
 SPANS = st.lists(
     st.tuples(st.integers(0, 40), st.integers(0, 40)).map(lambda pair: Span(*sorted(pair))),
@@ -37,7 +38,11 @@ def test_a_program_has_a_row_for_every_layer(add):
     gamma = program.parameters["gamma"]
     assert gamma.dtype == np.float32
     assert (gamma[program.heads] == 0.25).all()
-    assert [[pool.tolist() for pool in pools] for pools in program.pools] == [[[0]], [[]], [[0]]]
+    assert [[pool.keys.tolist() for pool in p.prompt] for p in program.pools] == [
+        [[0]],
+        [[]],
+        [[0]],
+    ]
     assert (request.ticket, request.prompt.length, request.covered) == ("t-a", 10, 0)
 
 
@@ -90,7 +95,7 @@ def test_a_layer_left_alone_has_no_heads_pools_or_parameters(
     (program,) = table.get("a").programs
     assert program.heads.any(1).tolist() == [False, True, False]
     assert program.parameters["weight"].tolist() == [[0] * 6, [2] * 6, [0] * 6]
-    assert [pools[0].tolist() for pools in program.pools] == [[], [1, 7], []]
+    assert [pools.prompt[0].keys.tolist() for pools in program.pools] == [[], [1, 7], []]
 
 
 def test_a_reused_id_starts_anew(table, add):

@@ -18,13 +18,16 @@ EPS = torch.finfo(torch.float32).eps
 
 
 @st.composite
-def problems(draw) -> Problem:
-    """Up to three requests, their lengths around the edges of pages and tiles."""
+def problems(draw, whole: bool = False) -> Problem:
+    """Up to three requests, their lengths around the edges of pages and tiles.
+
+    `whole` gives all rows of each.
+    """
     block = draw(st.sampled_from([32, 64, 128]))
     kv_heads, group = draw(st.sampled_from([(1, 1), (1, 7), (2, 3), (3, 1), (2, 4)]))
     edges = st.sampled_from([1, 2, 15, 16, 17, block - 1, block, block + 1, 2 * block, 3 * block])
     lengths = draw(st.lists(edges | st.integers(1, 300), min_size=1, max_size=3))
-    spans = [draw(st.sampled_from([1, n, min(n, 16), min(n, 33)])) for n in lengths]
+    spans = [n if whole else draw(st.sampled_from([1, n, min(n, 16), min(n, 33)])) for n in lengths]
     return problem(
         lengths,
         spans,

@@ -1,0 +1,129 @@
+"""Pools of a layer: from what a method names to the tables that the kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from calibrators.interface import LayerPlan, Pool, Span, Threshold
+from server.kernels.partials import PoolMap, PoolTable
+
+if TYPE_CHECKING:
+    from calibrators.interface import IntArray
+
+NO_KEYS = np.empty(0, np.int32)
+_END = int(np.iinfo(np.int32).max)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPools:
+    """The pools of one request in one layer, checked.
+
+    Attributes:
+        prompt: of prompt rows; keys per head are those of this rank.
+        generated: of generated rows.
+        plain: lists of keys, the same for all heads and rows.
+    """
+
+    prompt: tuple[Pool, ...]
+    generated: tuple[Pool, ...]
+    plain: bool
+
+    @classmethod
+    def none(cls, pools: int) -> LayerPools:
+        """Empty pools."""
+        empty = (Pool(NO_KEYS),) * pools
+        return cls(empty, empty, True)
+
+    @classmethod
+    def of(cls, plan: LayerPlan, pools: int, query_heads: int, own: slice) -> LayerPools:
+        """The pools of a plan, for the `own` heads of this rank.
+
+        Raises:
+            ValueError: the kernels, which check nothing, could not read them.
+            NotImplementedError: a pool carries weights.
+        """
+        prompt = tuple(_checked(pool, query_heads, own) for pool in plan.pools)
+        generated = prompt
+        if plan.generated_pools is not None:
+            generated = tuple(_checked(pool, query_heads, own) for pool in plan.generated_pools)
+        if len(prompt) != pools or len(generated) != pools:
+            raise ValueError(f"a plan has {len(prompt)} and {len(generated)} pools, not {pools}")
+        listed = all(isinstance(pool.keys, np.ndarray) and pool.above is None for pool in prompt)
+        return cls(prompt, generated, listed and generated is prompt)
+
+
+def _checked(pool: Pool, query_heads: int, own: slice) -> Pool:
+    if pool.weights is not None:
+        raise NotImplementedError("pools with weights")
+    keys = pool.keys
+    if isinstance(keys, Span):
+        if not 0 <= keys.start <= keys.stop:
+            raise ValueError(f"a pool reaches from {keys.start} to {keys.stop}")
+        return Pool(Span(min(keys.start, _END), min(keys.stop, _END)), above=pool.above)
+    if isinstance(keys, np.ndarray):
+        return Pool(_ascending(keys), above=pool.above)
+    if len(keys) != query_heads:
+        raise ValueError(f"a pool has keys for {len(keys)} heads, not {query_heads}")
+    return Pool([_ascending(each) for each in keys[own]], above=pool.above)
+
+
+def _ascending(keys: IntArray) -> IntArray:
+    if keys.ndim != 1 or (len(keys) and (keys[0] < 0 or (np.diff(keys) <= 0).any())):
+        raise ValueError("keys of a pool are not distinct positions in ascending order")
+    return keys.astype(np.int32)
+
+
+def stacked(pools: Sequence[LayerPools], prompts: Sequence[int], heads: int) -> PoolMap | PoolTable:
+    """The pools of each slot in one layer; `prompts` are lengths."""
+    if all(slot.plain for slot in pools):
+        return pool_map([[_keys(pool, 0) for pool in slot.prompt] for slot in pools])
+    chosen: list[list[int]] = []
+    sets: list[tuple[tuple[Pool, ...], int]] = []
+    for slot in pools:
+        for half in (slot.prompt, slot.generated):
+            first, by_head = len(sets), any(_by_head(pool) for pool in half)
+            sets += [(half, head) for head in range(heads if by_head else 1)]
+            chosen.append([first + head * by_head for head in range(heads)])
+    return PoolTable(
+        pool_map([[_keys(pool, head) for pool in half] for half, head in sets]),
+        torch.tensor([[_span(pool) for pool in half] for half, _ in sets], dtype=torch.int32),
+        torch.tensor([[_above(pool.above) for pool in half] for half, _ in sets]),
+        torch.tensor(chosen, dtype=torch.int32).view(len(pools), 2, heads),
+        torch.tensor(prompts, dtype=torch.int32),
+    )
+
+
+def _by_head(pool: Pool) -> bool:
+    return not isinstance(pool.keys, (np.ndarray, Span))
+
+
+def _keys(pool: Pool, head: int) -> IntArray:
+    if isinstance(pool.keys, Span):
+        return NO_KEYS
+    return pool.keys if isinstance(pool.keys, np.ndarray) else pool.keys[head]
+
+
+def _span(pool: Pool) -> tuple[int, int]:
+    return (pool.keys.start, pool.keys.stop) if isinstance(pool.keys, Span) else (0, 0)
+
+
+def _above(threshold: Threshold | None) -> tuple[float, float]:
+    """Absolute and relative part of a bound."""
+    if threshold is None:
+        return -1.0, 0.0
+    return (0.0, threshold.bound) if threshold.relative else (threshold.bound, 0.0)
+
+
+def pool_map(pools: Sequence[Sequence[IntArray]]) -> PoolMap:
+    """Compressed rows of the pools of each slot, for one layer."""
+    lengths = [[0, *(len(pool) for pool in slot)] for slot in pools]
+    flat = [pool for slot in pools for pool in slot]
+    keys = np.concatenate(flat) if flat else NO_KEYS
+    ends = np.cumsum(np.array(lengths, np.int32), axis=1, dtype=np.int32)
+    starts = np.cumsum(np.r_[np.int32(0), ends[:-1, -1]], dtype=np.int32)
+    return PoolMap(torch.from_numpy(keys), torch.from_numpy(ends + starts[:, None]))

@@ -1,0 +1,140 @@
+"""One calibration of one request, as a worker carries it out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from calibrators.interface import (
+    Bound,
+    Calibrator,
+    ColumnMeans,
+    LayerPlan,
+    ModelFacts,
+    Observation,
+    Observed,
+    Prompt,
+)
+from server.engine.payload import Tally
+from server.engine.pools import LayerPools
+
+if TYPE_CHECKING:
+    from calibrators.interface import FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShard:
+    """The query heads of this tensor-parallel rank: `start <= head < stop` of the model."""
+
+    start: int
+    stop: int
+
+
+class Program:
+    """A calibration with what it does in every layer of this rank.
+
+    Layers in which something has to be measured are left alone until `resolve` is called with it.
+
+    Attributes:
+        calibrator: its method.
+        prompt: geometry of the prompt.
+        rows: which positions are calibrated.
+        observed: layers in which something has to be measured.
+        heads: bool `[layers, heads of this rank]`.
+        parameters: float32 of the same shape, by name.
+        pools: per layer.
+        tally: what was done so far.
+    """
+
+    def __init__(
+        self,
+        calibrator: Calibrator,
+        bound: Bound,
+        prompt: Prompt,
+        facts: ModelFacts,
+        shard: HeadShard,
+    ) -> None:
+        self.calibrator = calibrator
+        self.prompt = prompt
+        self._bound, self._facts = bound, facts
+        self._own = slice(shard.start, shard.stop)
+        shape = facts.layers, shard.stop - shard.start
+        self.rows = calibrator.rows(bound, prompt)
+        self.observed = _layers(calibrator.observe(bound), facts, shape[1])
+        self.heads = np.zeros(shape, np.bool_)
+        self.parameters = {name: np.zeros(shape, np.float32) for name in calibrator.parameters}
+        self.pools = [LayerPools.none(len(calibrator.pools))] * facts.layers
+        self.tally = Tally()
+        self._statistics: dict[int, Mapping[str, float]] = {}
+        for layer in range(facts.layers):
+            if layer not in self.observed:
+                self.resolve(layer, {})
+
+    def resolve(self, layer: int, observed: Observed) -> Program:
+        """Settle a layer, anew if it was before; the program itself.
+
+        Raises:
+            Exception: whatever the calibrator raises, or its plan does not fit; the layer stays as
+                it was.
+        """
+        plan = self.calibrator.resolve(self._bound, layer, self._facts, self.prompt, observed)
+        count = len(self.calibrator.pools)
+        if plan is None:
+            self.heads[layer] = False
+            self.pools[layer] = LayerPools.none(count)
+            self._count(layer, {})
+            return self
+        pools = LayerPools.of(plan, count, self._facts.query_heads, self._own)
+        heads = self._local(plan.heads).astype(np.bool_)
+        parameters = self._local_parameters(plan)
+        self._count(layer, plan.statistics)
+        self.heads[layer], self.pools[layer] = heads, pools
+        for name, values in parameters.items():
+            self.parameters[name][layer] = values
+        return self
+
+    def abandon(self) -> None:
+        """Leave every layer alone from now on."""
+        self.heads[:] = False
+
+    def _count(self, layer: int, statistics: Mapping[str, float]) -> None:
+        """Statistics of a layer's plan, in place of those it had."""
+        numbers = {name: float(value) for name, value in statistics.items()}
+        if not all(math.isfinite(value) for value in numbers.values()):
+            raise ValueError("a statistic of a plan is not finite")
+        if not numbers and layer not in self._statistics:
+            return
+        self._statistics[layer] = numbers
+        sums, counts = self.tally.layer_sums, self.tally.layer_counts
+        sums.clear()
+        counts.clear()
+        for each in self._statistics.values():
+            for name, value in each.items():
+                sums[name] = sums.get(name, 0.0) + value
+                counts[name] = counts.get(name, 0) + 1
+
+    def _local_parameters(self, plan: LayerPlan) -> Mapping[str, FloatArray]:
+        names = self.calibrator.parameters
+        return {name: self._local(plan.parameters[name]).astype(np.float32) for name in names}
+
+    def _local(self, per_head: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if per_head.shape != (self._facts.query_heads,):
+            raise ValueError(f"a plan has {per_head.shape} in place of one entry per query head")
+        return per_head[self._own]
+
+
+def _layers(
+    observations: Sequence[Observation], facts: ModelFacts, own_heads: int
+) -> frozenset[int]:
+    """Where column means are asked for; anything else cannot be measured."""
+    for observation in observations:
+        if not isinstance(observation, ColumnMeans) or observation.layer not in range(facts.layers):
+            raise NotImplementedError(f"{observation} cannot be measured")
+    if observations and own_heads != facts.query_heads:
+        raise NotImplementedError("observations of a part of the heads")
+    return frozenset(observation.layer for observation in observations)

@@ -1,0 +1,111 @@
+"""A toy decoder of a few attention layers: in paged steps as the engine runs it, and dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from calibrators import reference
+from server.engine.batch import members
+from server.engine.requests import RequestTable
+from server.engine.step import Planner
+from server.kernels.partials import AttentionGeometry, PagedCache
+
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 3, 6, 2, 32, 32
+PAGES = 4
+SCALE = HEAD_DIM**-0.5
+Rewrite = Callable[[int, Tensor], Tensor]
+
+
+class Toy:
+    """Each layer adds its attention, calibrated or not, to the residual stream.
+
+    Args:
+        table: state of calibrated requests.
+        lengths: tokens of each request, generated ones included; their embeddings are random.
+    """
+
+    def __init__(self, table: RequestTable, lengths: Mapping[str, int]) -> None:
+        generator = torch.Generator().manual_seed(7)
+        width = HEADS * HEAD_DIM
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.weights = [
+            tuple(normal(width, n * HEAD_DIM) / width**0.5 for n in (HEADS, KV_HEADS, KV_HEADS))
+            for _ in range(LAYERS)
+        ]
+        self.embeddings = {name: normal(length, width) for name, length in lengths.items()}
+        self.table, self.planner = table, Planner()
+        none = torch.empty(0)
+        self.geometry = AttentionGeometry(SCALE, 0.0, 0, none, none)
+        pages = PAGES * len(lengths)
+        shape = pages, KV_HEADS, 2, HEAD_DIM * BLOCK
+        self.pages = [torch.full(shape, float("nan")) for _ in range(LAYERS)]
+        tables = torch.randperm(pages, generator=generator).int().view(-1, PAGES)
+        self.tables = dict(zip(lengths, tables, strict=True))
+
+    def project(self, layer: int, hidden: Tensor) -> list[Tensor]:
+        """Queries, keys and values `[tokens, heads, head_dim]`."""
+        weights = self.weights[layer]
+        # Logits that grew from layer to layer would enlarge every rounding.
+        hidden = hidden / hidden.pow(2).mean(-1, keepdim=True).sqrt()
+        return [(hidden @ w.to(hidden)).view(len(hidden), -1, HEAD_DIM) for w in weights]
+
+    def step(self, spans: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+        """Run positions `start <= i < stop` of each request together; their final hidden states."""
+        sizes = [stop - start for start, stop in spans.values()]
+        edges = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+        batch = members(self.table, [*spans], edges, [stop for _, stop in spans.values()])
+        plan = self.planner.plan(batch)
+        hidden = torch.cat([self.embeddings[n][slice(*span)] for n, span in spans.items()])
+        block_table = torch.stack([self.tables[name] for name in spans])
+        for layer in range(LAYERS):
+            query, key, value = self.project(layer, hidden)
+            stock = torch.empty_like(query)
+            for (name, (start, stop)), at in zip(spans.items(), edges, strict=False):
+                rows = slice(at, at + stop - start)
+                keys, values = self._write(layer, name, start, key[rows], value[rows])
+                stock[rows] = self._attend(query[rows], keys, values, start)
+            output = stock.clone()
+            cache = PagedCache(self.pages[layer], block_table)
+            plan.apply(layer, query, output, cache, self.geometry)
+            for name, rows in zip(spans, map(slice, edges, edges[1:]), strict=True):
+                if self.table.get(name) is None:
+                    assert torch.equal(output[rows], stock[rows])
+            hidden = hidden + output.flatten(1)
+        plan.finish()
+        return dict(zip(spans, hidden.split(sizes), strict=True))
+
+    def _write(
+        self, layer: int, name: str, start: int, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put keys and values into the pages; all of the request's so far."""
+        for i in range(len(key)):
+            index, j = divmod(start + i, BLOCK)
+            page = self.pages[layer][self.tables[name][index]]
+            page[:, 0].view(KV_HEADS, HEAD_DIM, BLOCK)[:, :, j] = key[i]
+            page[:, 1].view(KV_HEADS, BLOCK, HEAD_DIM)[:, j] = value[i]
+        own = self.pages[layer][self.tables[name].long()]
+        keys = own[:, :, 0].view(PAGES, KV_HEADS, HEAD_DIM, BLOCK).permute(0, 3, 1, 2)
+        values = own[:, :, 1].view(PAGES, KV_HEADS, BLOCK, HEAD_DIM).permute(0, 2, 1, 3)
+        stop = start + len(key)
+        return keys.flatten(0, 1)[:stop], values.flatten(0, 1)[:stop]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, start: int) -> Tensor:
+        positions = torch.arange(start, start + len(query))
+        p = reference.probabilities(query, key, positions, reference.Geometry(SCALE))
+        return reference.attend(p, value)
+
+    def dense(self, name: str, rewrite: Rewrite, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Final hidden states of the whole sequence, `rewrite(layer, probabilities)` applied."""
+        hidden = self.embeddings[name].to(dtype)
+        positions = torch.arange(len(hidden))
+        for layer in range(LAYERS):
+            query, key, value = self.project(layer, hidden)
+            p = reference.probabilities(query, key, positions, reference.Geometry(SCALE))
+            hidden = hidden + reference.attend(rewrite(layer, p), value).flatten(1)
+        return hidden
