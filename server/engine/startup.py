@@ -93,6 +93,7 @@ def _features(config: VllmConfig) -> dict[str, bool]:
     offloading = cache.kv_offloading_size is not None
     return {
         "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--data-parallel-size": parallel.data_parallel_size > 1,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
         "--speculative-config": config.speculative_config is not None,
@@ -115,6 +116,11 @@ def _model_obstacles(config: VllmConfig) -> Iterator[str]:
     elif model.use_mla:
         yield (
             f"{model.architecture} uses multi-head latent attention, which is not supported: "
+            "serve another model"
+        )
+    elif model.is_hybrid or model.is_attention_free:
+        yield (
+            f"{model.architecture} has layers without attention, which were not tested: "
             "serve another model"
         )
     elif cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):

@@ -67,6 +67,7 @@ def test_what_can_be_calibrated_passes(check, flags):
     ("flags", "advice"),
     [
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size asks for"),
+        (["--data-parallel-size", "2"], "--data-parallel-size asks for"),
         (
             ["--tensor-parallel-size", "2", "--decode-context-parallel-size", "2"],
             "--decode-context-parallel-size asks for",
