@@ -106,6 +106,7 @@ def _line(case: Case, dtype: torch.dtype, repeat: int) -> tuple[str, ...]:
     every = torch.ones(rows, QUERY_HEADS, dtype=torch.bool)
     half = torch.full((case.requests, QUERY_HEADS), 0.5)
     changes = Changes.none(rows, QUERY_HEADS)
+    computed = torch.ones(case.requests, dtype=torch.bool)
 
     def attention() -> cpu.Attention:
         return cpu.Attention(given.query, given.cache, given.rows, given.heads, given.geometry)
@@ -114,7 +115,7 @@ def _line(case: Case, dtype: torch.dtype, repeat: int) -> tuple[str, ...]:
     found = known.pool_partials(given.pools)
     calls: tuple[Callable[[], object], ...] = (
         lambda: attention().log_sum_exp,
-        lambda: known.rescale(given.output, given.pools, half, changes),
+        lambda: known.rescale(given.output, given.pools, half, computed, changes),
         lambda: known.pool_partials(given.pools),
         lambda: cpu.combine(given.output, given.rows, every, found, ones[..., None] * 0.5, ones),
     )

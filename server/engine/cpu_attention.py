@@ -1,8 +1,9 @@
-"""vLLM's CPU attention backend, with calibration after the stock kernel."""
+"""vLLM's CPU attention backend, with calibration beside and after the stock kernel."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from server.engine.context import StepContext
 from server.engine.layouts import unreadable_layout
+from server.engine.remainder import Remainder
 from server.engine.step import StepPlan
 from server.kernels.partials import AttentionGeometry, PagedCache
 
@@ -26,6 +28,7 @@ class CalibratedMetadata(CPUAttentionMetadata):
     """Metadata of a step in which calibrated requests take part."""
 
     calibration: StepPlan = field(kw_only=True)
+    remainder: Remainder[CPUAttentionMetadata] = field(kw_only=True)
 
 
 class CalibratedMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -44,11 +47,13 @@ class CalibratedMetadataBuilder(CPUAttentionMetadataBuilder):
         plan = self.calibration.plan(common_attn_metadata) if self.calibration else None
         if plan is None:
             return metadata
-        return CalibratedMetadata(**vars(metadata), calibration=plan)
+        build = partial(super().build, common_prefix_len, fast_build=fast_build)
+        remainder = Remainder(common_attn_metadata, build)
+        return CalibratedMetadata(**vars(metadata), calibration=plan, remainder=remainder)
 
 
 class CalibratedAttention(CPUAttentionBackendImpl):
-    """Runs the stock kernel for the whole batch, then rewrites calibrated rows."""
+    """Runs the stock kernel for all rows but those that calibration computes, then calibrates."""
 
     layer_index: int | None = None
     geometry: AttentionGeometry
@@ -78,24 +83,27 @@ class CalibratedAttention(CPUAttentionBackendImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """Attention as vLLM computes it, calibrated where the plan says so."""
-        result: Tensor = super().forward(
-            layer,
-            query,
-            key,
-            value,
-            kv_cache,
-            attn_metadata,
-            output,
-            output_scale,
-            output_block_scale,
+        stock = partial(super().forward, layer)
+        rest = kv_cache, attn_metadata, output, output_scale, output_block_scale
+        if not isinstance(attn_metadata, CalibratedMetadata) or self.layer_index is None:
+            untouched: Tensor = stock(query, key, value, *rest)
+            return untouched
+        plan = attn_metadata.calibration
+        computed = plan.computed(self.layer_index)
+        if computed:
+            part = attn_metadata.remainder.without(computed)
+            if part.metadata is not None:
+                found = torch.empty_like(output[part.tokens])
+                stock(query[part.tokens], key, value, kv_cache, part.metadata, found)
+                output[part.tokens] = found
+        else:
+            stock(query, key, value, *rest)
+        pages, kv_heads, block, width = kv_cache.shape
+        cache = PagedCache(
+            kv_cache.view(pages, kv_heads, 2, block * width // 2), attn_metadata.block_table
         )
-        if isinstance(attn_metadata, CalibratedMetadata) and self.layer_index is not None:
-            pages, kv_heads, block, width = kv_cache.shape
-            cache = PagedCache(
-                kv_cache.view(pages, kv_heads, 2, block * width // 2), attn_metadata.block_table
-            )
-            attn_metadata.calibration.apply(self.layer_index, query, output, cache, self.geometry)
-        return result
+        plan.apply(self.layer_index, query, output, cache, self.geometry)
+        return output
 
 
 class CalibratedBackend(CPUAttentionBackend):

@@ -37,8 +37,12 @@ class Done:
 class Rewrite(Protocol):
     """Rewrites rows layer by layer."""
 
+    def computed(self, layer: int) -> frozenset[int]:
+        """Slots for whose rows `apply` needs no stock output."""
+        ...
+
     def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
-        """Rewrite the rows of the stock `output` `[tokens, heads, head_dim]` in place."""
+        """Rewrite the rows of `output` `[tokens, heads, head_dim]` in place."""
         ...
 
     def done(self) -> Done:
@@ -46,10 +50,12 @@ class Rewrite(Protocol):
         ...
 
 
-def rewrite(calibrator: Calibrator, stack: Stack, rows: RowMap) -> Rewrite:
-    """The quickest way a method allows."""
+def rewrite(
+    calibrator: Calibrator, stack: Stack, rows: RowMap, complete: frozenset[int]
+) -> Rewrite:
+    """The quickest way a method allows; `complete` slots have all their rows in `rows`."""
     if stack.maps is not None and _rescales(type(calibrator)):
-        return Rescaling(calibrator, stack, stack.maps, rows)
+        return Rescaling(calibrator, stack, stack.maps, rows, complete)
     return Recombining(calibrator, stack, rows)
 
 
@@ -62,19 +68,43 @@ def _rescales(method: type[Calibrator]) -> bool:
 
 
 class Rescaling:
-    """Of a method that multiplies its pool by a parameter: one kernel, and no call per layer."""
+    """Of a method that multiplies its pool by a parameter: one kernel, and no call per layer.
+
+    The same kernel computes the attention of requests that the layer changes anything for, which
+    is cheaper than to correct the stock output: that takes a second pass over their keys. Where a
+    parameter changes nothing the stock output stays, bit for bit.
+    """
 
     def __init__(
-        self, calibrator: Calibrator, stack: Stack, maps: Sequence[PoolMap], rows: RowMap
+        self,
+        calibrator: Calibrator,
+        stack: Stack,
+        maps: Sequence[PoolMap],
+        rows: RowMap,
+        complete: frozenset[int],
     ) -> None:
         self._pool = calibrator.pools[0]
-        self._factors = stack.parameters[str(calibrator.rescales)]
-        self._pools = maps
+        factors = stack.parameters[str(calibrator.rescales)]
+        self._factors, self._pools = factors, maps
+        self._changed, self._complete = stack.changed_by(factors), complete
+        self._slots = len(stack.programs)
+        self._computed: dict[frozenset[int], Tensor] = {}
         self._changes = Changes.none(len(rows.token), stack.heads[0].shape[1])
+
+    def computed(self, layer: int) -> frozenset[int]:
+        """Slots that the layer changes anything for."""
+        return self._changed[layer] & self._complete
 
     def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
         """Rewrite one layer."""
-        attention.rescale(output, self._pools[layer], self._factors[layer], self._changes)
+        slots = self.computed(layer)
+        if slots not in self._computed:
+            table = torch.zeros(self._slots, dtype=torch.bool)
+            table[list(slots)] = True
+            self._computed[slots] = table
+        attention.rescale(
+            output, self._pools[layer], self._factors[layer], self._computed[slots], self._changes
+        )
 
     def done(self) -> Done:
         """The kernel's own account."""
@@ -116,6 +146,10 @@ class Recombining:
     def __post_init__(self) -> None:
         self._slot = self.rows.slot.long()
         self._finite = torch.ones(len(self._slot), dtype=torch.bool)
+
+    def computed(self, layer: int) -> frozenset[int]:  # noqa: ARG002 - the same in all layers
+        """None: the stock output is what is corrected."""
+        return frozenset()
 
     def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
         """Rewrite one layer; a calibrator that raises fails its requests alone."""

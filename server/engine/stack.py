@@ -34,6 +34,7 @@ class Stack:
     pools: list[PoolMap | PoolTable]
     maps: Sequence[PoolMap] | None
     active: set[int]
+    _changed: list[frozenset[int]] | None = None
 
     @classmethod
     def of(cls, programs: Sequence[Program]) -> Stack:
@@ -54,6 +55,14 @@ class Stack:
             maps if settled else None,
             set(np.flatnonzero(heads.any((1, 2))).tolist()),
         )
+
+    def changed_by(self, factors: Sequence[Tensor]) -> list[frozenset[int]]:
+        """Per layer, the slots with a selected head whose factor is not 1."""
+        if self._changed is None:
+            pairs = zip(self.heads, factors, strict=True)
+            tables = [(heads & (factor != 1)).any(1) for heads, factor in pairs]
+            self._changed = [frozenset(table.nonzero()[:, 0].tolist()) for table in tables]
+        return self._changed
 
     def renew(self, layer: int) -> None:
         """Stack a layer again, after a program was resolved in it or given up.

@@ -18,7 +18,7 @@ from server.engine.rewrites import rewrite
 from server.engine.stack import Stack
 from server.engine.taps import Taps
 from server.kernels import cpu as kernels
-from server.kernels.partials import AttentionGeometry, PagedCache
+from server.kernels.partials import AttentionGeometry, PagedCache, RowMap
 
 
 class MethodStep:
@@ -32,7 +32,8 @@ class MethodStep:
         self._stack = stack
         self._taps = Taps(batch, programs, stack)
         self._rows = row_map(batch, programs)
-        self._rewrite = rewrite(self.calibrator, stack, self._rows)
+        self._rewrite = rewrite(self.calibrator, stack, self._rows, _complete(batch, self._rows))
+        self._computed: dict[frozenset[int], frozenset[int]] = {}
 
     def apply(
         self,
@@ -50,6 +51,13 @@ class MethodStep:
             attention = kernels.Attention(query, cache, self._rows, heads, geometry)
             self._rewrite.apply(layer, attention, output)
         self.seconds += time.perf_counter() - started
+
+    def computed(self, layer: int) -> frozenset[int]:
+        """Rows of the batch's block table whose outputs this method computes from nothing."""
+        slots = self._rewrite.computed(layer)
+        if slots not in self._computed:
+            self._computed[slots] = frozenset(self._batch[slot].row for slot in slots)
+        return self._computed[slots]
 
     def share(self) -> Share:
         """What this rank did, new positions only."""
@@ -86,6 +94,14 @@ class MethodStep:
         return totals.astype(np.float64, copy=False)
 
 
+def _complete(batch: Sequence[Member], rows: RowMap) -> frozenset[int]:
+    """The slots of which every row in this step is calibrated."""
+    counts = np.bincount(rows.arrays[2], minlength=len(batch)).tolist()
+    return frozenset(
+        slot for slot, member in enumerate(batch) if counts[slot] == member.stop - member.start
+    )
+
+
 class StepPlan:
     """All calibration of one step.
 
@@ -96,6 +112,10 @@ class StepPlan:
     def __init__(self, batch: Sequence[Member], methods: Sequence[MethodStep]) -> None:
         self._batch = batch
         self._methods = methods
+
+    def computed(self, layer: int) -> frozenset[int]:
+        """Rows of the block table whose outputs the stock kernel need not compute in a layer."""
+        return frozenset().union(*(method.computed(layer) for method in self._methods))
 
     def apply(
         self,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from server.kernels import cpu_columns, cpu_lse, cpu_partials, cpu_pools, cpu_rescale
-from server.kernels.cpu_vector import PAIRS
+from server.kernels.cpu_product import PAIRS
 from server.kernels.partials import (
     Array,
     AttentionGeometry,
@@ -126,7 +126,9 @@ class Attention:
         )
         return Partials(mass, value)
 
-    def rescale(self, output: Tensor, pools: PoolMap, factor: Tensor, changes: Changes) -> None:
+    def rescale(
+        self, output: Tensor, pools: PoolMap, factor: Tensor, computed: Tensor, changes: Changes
+    ) -> None:
         """Multiply a pool's probabilities by a factor and renormalise, in place and in one pass.
 
         `pool_partials`, `c_0 = f / D`, `c_rest = 1 / D` with `D = 1 + (f - 1) m_0`, and `combine`
@@ -136,6 +138,8 @@ class Attention:
             output: `[tokens, query_heads, head_dim]`, the stock output.
             pools: which keys; one pool per slot.
             factor: float32 `[slots, query_heads]`, `f > 0`.
+            computed: bool `[slots]`, where `output` holds nothing yet: attention is computed for
+                all heads, and rescaled on the selected ones.
             changes: what is done is added here.
         """
         _run(
@@ -143,6 +147,7 @@ class Attention:
             cpu_rescale.parallel,
             *self._given(pools),
             factor.numpy(),
+            computed.numpy(),
             _bits(output),
             changes.arrays,
         )
@@ -202,7 +207,7 @@ def warm_up(dtype: torch.dtype, query_heads: int, kv_heads: int, head_dim: int, 
     partials = attention.pool_partials(pools)
     rest = partials.mass[..., 0].contiguous()
     combine(tokens, rows, heads, partials, partials.mass, rest)
-    attention.rescale(tokens, pools, rest, Changes.none(1, query_heads))
+    attention.rescale(tokens, pools, rest, heads[:, 0].contiguous(), Changes.none(1, query_heads))
 
 
 def set_threads(count: int) -> None:

@@ -86,7 +86,7 @@ def serial(task, tasks, query, stride, pages, head_dim, block_table, rows, heads
     request, slot, position, tiles = rows[1:]
     kv_heads, block = pages.shape[1], pages.shape[3] // head_dim
     group = out.shape[0] // kv_heads
-    queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group)
+    queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group, 0)
     page, column = np.empty((head_dim, block), np.float32), np.empty((group, block), np.float64)
     x, score = np.empty(head_dim, np.float32), np.empty(block, np.float32)
     every, index = np.empty(group, np.int64), -1

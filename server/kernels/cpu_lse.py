@@ -10,8 +10,9 @@ from numba import njit, prange, types
 from numba.extending import overload
 
 from server.kernels.cpu_elements import FASTMATH, pair, power, widen
+from server.kernels.cpu_llvm import LANES
 from server.kernels.cpu_tiles import buffer_for, chosen_heads, load, seen_by
-from server.kernels.cpu_vector import BLOCK, LANES, NARROW, QUERIES, fold, settle
+from server.kernels.cpu_vector import BLOCK, NARROW, QUERIES, fold, settle
 from server.kernels.partials import TILE
 
 # From this many queries on, a page is unpacked once for all of them.
@@ -50,14 +51,16 @@ def _unpack_for(queries, page, pairs, wide):
 
 
 @njit(inline="always")
-def _fold_page(queries, page, following, seen, begin, count, start, head_dim, numbers):
+def _fold_page(queries, page, seen, begin, count, start, shape, numbers, weigh):
     """Fold the keys of a page into the queries `begin..count`.
 
-    `seen` is `(peak, total, positions, first, slopes)`.
+    `page` is `(keys, values, the keys that are folded next)`; `seen` is `(peak, total, positions,
+    first, slopes, value sums)`.
     """
-    peak, total, positions, first, slopes = seen
+    keys, values, following = page
+    peak, total, positions, first, slopes, sums = seen
     scale, cap, _ = numbers
-    block = page.shape[1]
+    head_dim, block = shape
     for i in range(begin, count, QUERIES):
         n = min(QUERIES, count - i)
         shaped = cap > 0 or slopes[i] != 0
@@ -69,9 +72,10 @@ def _fold_page(queries, page, following, seen, begin, count, start, head_dim, nu
             fold(
                 inside and not shaped,
                 wide,
+                weigh,
                 n,
-                (queries, page, following, peak, total, positions, first, slopes),
-                (i, j, start, head_dim, block, scale, cap),
+                (queries, keys, values, following, peak, total, sums, positions, first, slopes),
+                (i, j, visible - j, start, head_dim, block, scale, cap),
             )
             j += step
 
@@ -84,37 +88,33 @@ def _add_sink(lse, sink):
 
 @njit(inline="always")
 def unpacked_page(head_dim, block):
-    """Buffers for a page: in pairs, and in float32."""
-    pairs = np.empty((head_dim // 2, block), np.uint32)
-    return pairs, np.empty((head_dim, block), np.float32)
+    """Buffers for a page's keys and for its values: in pairs, and in float32."""
+    return (
+        (np.empty((head_dim // 2, block), np.uint32), np.empty((head_dim, block), np.float32)),
+        (np.empty((block // 2, head_dim), np.uint32), np.empty((block, head_dim), np.float32)),
+    )
 
 
 @njit(inline="always")
-def fold_pages(queries, count, pages, table, kv, head_dim, numbers, seen, buffers):
-    """Fold every page that some query of the tile sees."""
+def fold_pages(queries, count, pages, table, kv, head_dim, numbers, seen, buffers, weigh):
+    """Fold every page that some query of the tile sees; its values only if `weigh`."""
     block, (positions, first) = pages.shape[3] // head_dim, seen[2:4]
-    final, begin = positions[count - 1], 0
+    final, begin, shape = positions[count - 1], 0, (head_dim, block)
     for index in range(first[0] // block, final // block + 1):
         start = index * block
         while positions[begin] < start:
             begin += 1
-        page = pages[table[index], kv, 0].reshape(head_dim, block)
+        keys = pages[table[index], kv, 0].reshape(head_dim, block)
+        values = pages[table[index], kv, 1].reshape(block, head_dim)
         if count - begin < UNPACK:
             following = pages[table[min(index + 1, final // block)], kv, 0]
-            _fold_page(
-                queries,
-                page,
-                following.reshape(head_dim, block),
-                seen,
-                begin,
-                count,
-                start,
-                head_dim,
-                numbers,
-            )
+            given = keys, values, following.reshape(head_dim, block)
+            _fold_page(queries, given, seen, begin, count, start, shape, numbers, weigh)
         else:
-            unpacked = _unpack(queries, page, buffers[0], buffers[1])
-            _fold_page(queries, unpacked, unpacked, seen, begin, count, start, head_dim, numbers)
+            near = _unpack(queries, keys, buffers[0][0], buffers[0][1])
+            beside = _unpack(queries, values, buffers[1][0], buffers[1][1]) if weigh else near
+            page = near, beside, near
+            _fold_page(queries, page, seen, begin, count, start, shape, numbers, weigh)
 
 
 @njit(inline="always")
@@ -131,7 +131,7 @@ def serial(task, tasks, query, stride, pages, head_dim, block_table, rows, heads
     request, slot, tiles = rows[1], rows[2], rows[4]
     kv_heads = pages.shape[1]
     group = out.shape[1] // kv_heads
-    queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group)
+    queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group, 0)
     buffers = unpacked_page(head_dim, pages.shape[3] // head_dim)
     every = np.empty(group, np.int64)
     for index in range(task, (tiles.shape[0] - 1) * kv_heads, tasks):
@@ -141,7 +141,7 @@ def serial(task, tasks, query, stride, pages, head_dim, block_table, rows, heads
             continue
         count = load(query, stride, rows, begin, end, chosen, model, queries, seen)
         table = block_table[request[begin]]
-        fold_pages(queries, count, pages, table, kv, head_dim, model[0], seen, buffers)
+        fold_pages(queries, count, pages, table, kv, head_dim, model[0], seen, buffers, False)
         i = 0
         for r in range(begin, end):
             for h in chosen:

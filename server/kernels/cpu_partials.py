@@ -31,7 +31,7 @@ def _probabilities(queries, seen, count, key, numbers, above, found):
     """Probability of a key for each query, 0 where it does not count; whether it does anywhere."""
     lse, _, probability, _, k, _ = found
     scale, cap, _ = numbers
-    positions, first, slopes = seen[2:]
+    positions, first, slopes = seen[2:5]
     some = False
     for i in range(count):
         probability[i] = 0
@@ -100,7 +100,7 @@ def serial(task, tasks, query, stride, pages, block_table, rows, pools, heads, m
     keys, offsets, spans, above, sets, prompts = pools
     kv_heads, head_dim = pages.shape[1], u.shape[3]
     group = lse.shape[1] // kv_heads
-    queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group)
+    queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group, 0)
     found = _found_in(TILE * group, head_dim)
     every, edges = np.empty(group, np.int64), np.empty(3, np.int64)
     for index in range(task, (tiles.shape[0] - 1) * kv_heads, tasks):

@@ -34,7 +34,7 @@ def found_in(limit, head_dim):
 @njit(inline="always")
 def measure(queries, seen, count, pages, table, kv, keys, numbers, found):
     """Mass and value sum of `keys` for each query."""
-    positions, first, slopes = seen[2:]
+    positions, first, slopes = seen[2:5]
     lse, mass, value, k, v = found
     scale, cap, _ = numbers
     head_dim = v.shape[0]

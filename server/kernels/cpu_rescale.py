@@ -1,4 +1,4 @@
-"""Rescaling of a pool in one pass over the keys, compiled: log-sum-exp, partials and combination.
+"""Rescaling of a pool in one pass over the keys, compiled: attention, partials and combination.
 
 Untyped, because numba compiles each function per argument types; shapes are those of
 `server.kernels.partials`.
@@ -7,10 +7,11 @@ Untyped, because numba compiles each function per argument types; shapes are tho
 import numpy as np
 from numba import njit, prange
 
-from server.kernels.cpu_elements import FASTMATH, store, widen
+from server.kernels.cpu_elements import FASTMATH, power, store, widen
 from server.kernels.cpu_lse import fold_pages, log_sum_exp, unpacked_page
 from server.kernels.cpu_pools import found_in, measure
 from server.kernels.cpu_tiles import buffer_for, chosen_heads, load, seen_by
+from server.kernels.cpu_vector import settle
 from server.kernels.partials import TILE
 
 # Where less mass than this is left for the other keys, a row has nothing to trade with.
@@ -26,42 +27,93 @@ def _lerp(factor, mass):
 
 
 @njit(inline="always")
-def _write(token, begin, end, chosen, found, factor, output, done):
-    """`O' = O / D + (f - 1) / D U` with `D = 1 + (f - 1) m`, for the queries of a tile."""
-    _, mass, value, _, x = found
+def _stock(row, x):
+    """The output there is."""
+    for d in range(x.shape[0]):
+        x[d] = widen(row[d])
+
+
+@njit(inline="always")
+def _attention(seen, i, lse, sinks, x):
+    """The output of query `i` before anything is rescaled."""
+    peak, total = settle(seen[0], seen[1], i)
+    share = np.float32(1) / total
+    if sinks.shape[0]:
+        share *= power(peak + np.log2(total) - lse)
+    for d in range(x.shape[0]):
+        x[d] = seen[5][i, d] * share
+
+
+@njit(inline="always")
+def _rescaled(x, mass, factor, value):
+    """`O' = O / D + (f - 1) / D U` with `D = 1 + (f - 1) m`, in place of `U`; what `m` becomes."""
+    rest = np.float32(1) / _lerp(factor, mass)
+    extra = factor * rest - rest
+    for d in range(x.shape[0]):
+        value[d] = rest * x[d] + extra * value[d]
+    return factor * rest * mass
+
+
+@njit(inline="always")
+def _finite(x):
+    check = np.float32(0)
+    for d in range(x.shape[0]):
+        check += x[d] * np.float32(0)
+    return check == 0
+
+
+@njit(inline="always")
+def _write(tile, chosen, found, seen, sinks, selected, factor, computed, output, done):
+    """The outputs of a tile's queries; `tile` is `(tokens, begin, end)`."""
+    lse, mass, value, _, x = found
     written, before, after, finite = done
+    token, begin, end = tile
     i = -1
     for r in range(begin, end):
         for h in chosen:
             i += 1
             m, row = mass[i], output[token[r], h]
-            if m == 0:
-                continue
-            f = factor[h] if np.float32(1) - m > NOTHING_LEFT else np.float32(1)
-            rest = np.float32(1) / _lerp(f, m)
-            extra, check = f * rest - rest, np.float32(0)
-            for d in range(x.shape[0]):
-                x[d] = rest * widen(row[d]) + extra * value[i, d]
-                check += x[d] * np.float32(0)
-            if check == 0:
-                store(row, x)
-            else:
+            changed = selected[h] and m != 0
+            if computed:
+                _attention(seen, i, lse[i], sinks, x)
+            elif changed:
+                _stock(row, x)
+            if changed:
+                f = factor[h] if np.float32(1) - m > NOTHING_LEFT else np.float32(1)
+                after[r, h] += _rescaled(x, m, f, value[i])
+                before[r, h] += m
+                written[r, h] += 1
+                if _finite(value[i]):
+                    store(row, value[i])
+                    continue
                 finite[r] = False
-            written[r, h] += 1
-            before[r, h] += m
-            after[r, h] += f * rest * m
+            if computed:
+                store(row, x)
 
 
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
 def serial(
-    task, tasks, query, stride, pages, block_table, rows, pools, heads, model, factor, output, done
+    task,
+    tasks,
+    query,
+    stride,
+    pages,
+    block_table,
+    rows,
+    pools,
+    heads,
+    model,
+    factor,
+    computed,
+    output,
+    done,
 ):
     """Every `tasks`-th pair of a tile and a KV head from `task` on; see `parallel`."""
     request, slot, tiles = rows[1], rows[2], rows[4]
     keys, offsets = pools
     kv_heads, head_dim = pages.shape[1], output.shape[2]
     group = output.shape[1] // kv_heads
-    queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group)
+    queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group, head_dim)
     found = found_in(TILE * group, head_dim)
     buffers = unpacked_page(head_dim, pages.shape[3] // head_dim)
     every = np.empty(group, np.int64)
@@ -69,10 +121,14 @@ def serial(
         kv, begin, end = index % kv_heads, tiles[index // kv_heads], tiles[index // kv_heads + 1]
         s, table = slot[begin], block_table[request[begin]]
         chosen = every[: chosen_heads(heads, s, kv, group, every)]
+        if computed[s]:
+            chosen = every
+            for h in range(group):
+                every[h] = kv * group + h
         if chosen.shape[0] == 0:
             continue
         count = load(query, stride, rows, begin, end, chosen, model, queries, seen)
-        fold_pages(queries, count, pages, table, kv, head_dim, model[0], seen, buffers)
+        fold_pages(queries, count, pages, table, kv, head_dim, model[0], seen, buffers, computed[s])
         i = 0
         for _ in range(begin, end):
             for h in chosen:
@@ -80,12 +136,25 @@ def serial(
                 i += 1
         pool = keys[offsets[s, 0] : offsets[s, 1]]
         measure(queries, seen, count, pages, table, kv, pool, model[0], found)
-        _write(rows[0], begin, end, chosen, found, factor[s], output, done)
+        tile = rows[0], begin, end
+        _write(tile, chosen, found, seen, model[2], heads[s], factor[s], computed[s], output, done)
 
 
 @njit(parallel=True, cache=True)
 def parallel(
-    threads, query, stride, pages, block_table, rows, pools, heads, model, factor, output, done
+    threads,
+    query,
+    stride,
+    pages,
+    block_table,
+    rows,
+    pools,
+    heads,
+    model,
+    factor,
+    computed,
+    output,
+    done,
 ):
     """Multiply the pool's probabilities by `factor` and renormalise the row, in place.
 
@@ -109,6 +178,7 @@ def parallel(
             heads,
             given,
             factor,
+            computed,
             output,
             done,
         )

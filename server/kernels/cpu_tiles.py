@@ -9,7 +9,8 @@ from numba import njit, types
 from numba.extending import overload
 
 from server.kernels.cpu_elements import widen
-from server.kernels.cpu_vector import LANES, LOWEST
+from server.kernels.cpu_llvm import LANES
+from server.kernels.cpu_vector import LOWEST
 
 _LOWEST = np.float32(LOWEST)
 
@@ -102,14 +103,18 @@ def chosen_heads(heads, slot, kv, group, chosen):
 
 
 @njit(inline="always")
-def seen_by(limit):
-    """Buffers for what a tile's queries see: `(peak, total, position, first key, ALiBi slope)`."""
+def seen_by(limit, channels):
+    """Buffers for what a tile's queries see.
+
+    `(peak, total, position, first key, ALiBi slope, value sums)`, the last with so many channels.
+    """
     return (
         np.empty((limit, LANES), np.float32),
         np.empty((limit, LANES), np.float32),
         np.empty(limit, np.int64),
         np.empty(limit, np.int64),
         np.empty(limit, np.float32),
+        np.empty((limit, channels), np.float32),
     )
 
 
@@ -117,7 +122,7 @@ def seen_by(limit):
 def load(query, stride, rows, begin, end, chosen, model, queries, seen):
     """Take up the queries of a tile, row by row; how many there are."""
     (_, _, window), alibi, _ = model
-    peak, total, positions, first, slopes = seen
+    peak, total, positions, first, slopes, sums = seen
     width, i = queries.shape[1], 0
     for r in range(begin, end):
         last = rows[3][r]
@@ -131,5 +136,7 @@ def load(query, stride, rows, begin, end, chosen, model, queries, seen):
             for lane in range(LANES):
                 peak[i, lane] = _LOWEST
                 total[i, lane] = 0
+            for d in range(sums.shape[1]):
+                sums[i, d] = 0
             i += 1
     return i

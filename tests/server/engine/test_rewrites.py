@@ -40,4 +40,4 @@ def test_only_coefficients_with_a_closed_form_are_not_asked(add, calibrator, kin
     request = add("a", 4)
     programs = request.programs
     rows = row_map([Member(request, 0, 0, 0, 4)], programs)
-    assert type(rewrite(calibrator(), Stack.of(programs), rows)) is kind
+    assert type(rewrite(calibrator(), Stack.of(programs), rows, frozenset({0}))) is kind

@@ -160,7 +160,8 @@ def test_rescaling_is_partials_and_combine_in_one(drawn, data):
 
     changes = Changes.none(count, query_heads)
     output = stock.clone()
-    measured.rescale(output, only, factor, changes)
+    corrected = torch.zeros(len(pools), dtype=torch.bool)
+    measured.rescale(output, only, factor, corrected, changes)
 
     assert torch.equal(output[~touched], stock[~touched])
     torch.testing.assert_close(output, expected)
@@ -169,3 +170,55 @@ def test_rescaling_is_partials_and_combine_in_one(drawn, data):
     for found, name in ((changes.before, "before"), (changes.after, "after")):
         statistic = asked.statistics[f"key0_mass_{name}"] * touched
         torch.testing.assert_close(found, statistic, atol=1e-6, rtol=1e-4)
+
+
+def rescaled(
+    case: Problem, pools: list[list[int]], factor: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Outputs for probabilities that are multiplied inside a pool and divided by the new sum.
+
+    A learned sink keeps the share of the row that it had.
+    """
+    outputs = []
+    for request, value in enumerate(case.values):
+        p, _ = case.dense(request, dtype)
+        changed = p.clone()
+        changed[..., pools[request]] *= factor[request][:, None].to(dtype)
+        gone = 1 - p.sum(-1, keepdim=True)
+        changed = changed / (changed.sum(-1, keepdim=True) + gone)
+        outputs.append(reference.attend(changed.to(case.query.dtype).to(dtype), value.to(dtype)))
+    return torch.cat(outputs)
+
+
+@settings(max_examples=120, deadline=None)
+@given(pooled(), st.data())
+def test_computed_rows_match_the_reference(drawn, data):
+    """Some requests from nothing, on all heads; others stay as they are but for chosen heads."""
+    case, pools = drawn
+    only = [slot[0] for slot in pools]
+    count, query_heads, head_dim = case.query.shape
+    factors = st.sampled_from([0.1, 0.5, 1.0, 3.0, 10.0])
+    factor = torch.tensor([[data.draw(factors) for _ in range(query_heads)] for _ in pools])
+    heads = torch.tensor([[data.draw(st.booleans()) for _ in range(query_heads)] for _ in pools])
+    computed = torch.tensor([data.draw(st.booleans()) for _ in pools])
+    slot, mapped = case.rows.slot.long(), pool_map([[pool] for pool in only])
+    stock = torch.randn(count, query_heads, head_dim).to(case.query.dtype)
+    output = torch.where(computed[slot][:, None, None], float("nan"), stock)
+    corrected, measured = stock.clone(), attention(case, heads)
+    both = Changes.none(count, query_heads), Changes.none(count, query_heads)
+
+    measured.rescale(output, mapped, factor, computed, both[0])
+    measured.rescale(corrected, mapped, factor, torch.zeros_like(computed), both[1])
+
+    assert torch.equal(output[~computed[slot]], corrected[~computed[slot]])
+    assert both[0].finite.all()
+    assert torch.equal(both[0].count, both[1].count)
+    torch.testing.assert_close(both[0].before, both[1].before, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(both[0].after, both[1].after, atol=1e-6, rtol=1e-4)
+    effective = torch.where(heads, factor, 1)
+    exact = rescaled(case, only, effective, torch.float64)[computed[slot]]
+    rough = rescaled(case, only, effective, torch.float32).to(case.query.dtype)[computed[slot]]
+    rounding = torch.finfo(case.query.dtype).eps * exact.abs().max().item() if len(exact) else 0
+    if len(exact):
+        budget = 2 * (rough.double() - exact).abs().max().item() + rounding + 32 * EPS
+        assert (output[computed[slot]].double() - exact).abs().max().item() <= budget
