@@ -16,6 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.integration.serving import Server, serving
+from tests.integration.state.calls import wait_until_idle
 
 REQUESTS = 48
 ABORTED = 8
@@ -91,8 +92,6 @@ def hang_up(server: Server, body: dict[str, Any], after: int) -> None:
 
 def test_surviving_answers_equal_solo_runs(server, requests):
     solo = [complete(server, body) for body in requests]
-    with server.client() as client:
-        client.post("/reset_prefix_cache")
     before = server.metric("vllm:num_preemptions_total")
     draw = random.Random(5)
     aborted = set(draw.sample(range(REQUESTS), ABORTED))
@@ -124,5 +123,5 @@ def test_surviving_answers_equal_solo_runs(server, requests):
             for r in receipts
         ]
         assert counts[0] == counts[1] == (len(requests[index]["prompt"]), NEW_TOKENS - 1), label
-    assert server.metric("trimtab_active_requests", calibrator="zerotuning") == 0
-    assert server.metric("vllm:num_requests_running") == 0
+    # The last to hang up may have been the last to run.
+    wait_until_idle(server)
