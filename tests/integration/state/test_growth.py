@@ -71,8 +71,8 @@ def test_an_idle_server_holds_and_answers_what_it_did(soak):
 def test_memory_does_not_grow_with_calibrated_requests(soak, process):
     """Medians: what leaks grows in every round, and what is kept for once comes in one.
 
-    Whatever its requests, a round costs the front end up to 100 KB, so that in the short form one may
-    leave several KB there before it shows.
+    Whatever its requests, a round costs the front end up to 100 KB, so that in the short form a
+    request may leave several KB there before it shows.
     """
     readings = soak[1]
     grown = slope(readings, process, PLAIN, MIXED)
