@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from tests.integration.attempts import in_time
 from tests.integration.serving import Server, serving
+from tests.integration.state.calls import wait_until_idle
 
 REQUESTS = 48
 ABORTED = 8
-NEW_TOKENS = 24
+NEW_TOKENS = 16
+# Of every fifth request: it outgrows its blocks several times, and new prompts take all there are.
+MANY_NEW_TOKENS = 96
 SETTINGS: list[dict[str, Any] | None] = [
     None,
     None,
@@ -60,7 +64,7 @@ def requests(model: Path) -> list[dict[str, Any]]:
         bodies.append(
             {
                 "prompt": text[start : start + length],
-                "max_tokens": NEW_TOKENS,
+                "max_tokens": NEW_TOKENS if index % 5 else MANY_NEW_TOKENS,
                 "temperature": 0,
                 "ignore_eos": True,
                 "logprobs": 0,
@@ -91,23 +95,25 @@ def hang_up(server: Server, body: dict[str, Any], after: int) -> None:
 
 def test_surviving_answers_equal_solo_runs(server, requests):
     solo = [complete(server, body) for body in requests]
-    with server.client() as client:
-        client.post("/reset_prefix_cache")
+    in_time(lambda number: check_together(server, requests, solo, random.Random(5 + number)))
+
+
+def check_together(server: Server, requests: list[Any], solo: list[Any], draw: Any) -> bool:
+    """Run them all at once; whether some were preempted."""
     before = server.metric("vllm:num_preemptions_total")
-    draw = random.Random(5)
     aborted = set(draw.sample(range(REQUESTS), ABORTED))
     order = draw.sample(range(REQUESTS), REQUESTS)
+    salt = f"together-{draw.random()}"
 
     def run(index: int) -> Any:
         if index in aborted:
             return hang_up(server, requests[index], after=draw.randrange(2, 12))
         # A salt of its own: nothing comes out of the cache but what preemption left there.
-        return complete(server, {**requests[index], "cache_salt": f"together-{index}"})
+        return complete(server, {**requests[index], "cache_salt": f"{salt}-{index}"})
 
     with ThreadPoolExecutor(REQUESTS) as pool:
         together = dict(zip(order, pool.map(run, order), strict=True))
-    assert server.metric("vllm:num_preemptions_total") > before
-
+    preempted = server.metric("vllm:num_preemptions_total") - before
     for index in sorted(set(range(REQUESTS)) - aborted):
         alone, beside = solo[index]["choices"][0], together[index]["choices"][0]
         label = (index, len(requests[index]["prompt"]), requests[index]["calibration"])
@@ -123,6 +129,8 @@ def test_surviving_answers_equal_solo_runs(server, requests):
             (r["applied"][0]["prompt_tokens"], r["applied"][0]["completion_tokens"])
             for r in receipts
         ]
-        assert counts[0] == counts[1] == (len(requests[index]["prompt"]), NEW_TOKENS - 1), label
-    assert server.metric("trimtab_active_requests", calibrator="zerotuning") == 0
-    assert server.metric("vllm:num_requests_running") == 0
+        expected = len(requests[index]["prompt"]), requests[index]["max_tokens"] - 1
+        assert counts == [expected, expected], label
+    # The last to hang up may have been the last to run.
+    wait_until_idle(server)
+    return preempted > 0

@@ -14,6 +14,8 @@ import httpx
 import psutil
 import pytest
 
+from tests.integration import slow
+from tests.integration.plugins import install
 from tests.integration.serving import START_SECONDS, Server, serving
 
 PROCESSES = 2
@@ -24,11 +26,19 @@ MILD, STRONG = ({"method": "zerotuning", "gamma": gamma} for gamma in (0.7, 5))
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
+    folder = tmp_path_factory.mktemp("server")
+    env = install(folder, "slow", Path(slow.__file__).read_text(), slow.ENTRY_POINTS)
+    env["SLOW"] = str(slow_file(folder / "log"))
     flags = ["--api-server-count", str(PROCESSES), "--max-model-len", "1024"]
-    with serving(log, *flags, "--enable-prompt-tokens-details") as running:
+    flags += ["--enable-prompt-tokens-details", "--shutdown-timeout", "120"]
+    with serving(folder / "log", *flags, env=env) as running:
         wait_for_every_process(running)
         yield running
+
+
+def slow_file(log: Path) -> Path:
+    """While it is there, steps of the server that writes `log` take a second."""
+    return log.with_name("slow-steps")
 
 
 def wait_for_every_process(server: Server) -> None:
@@ -109,12 +119,16 @@ def test_metrics_are_sums_over_all_processes_whoever_is_asked(server, clients):
 
 
 def test_running_requests_are_finished_at_shutdown(server, clients):
-    """Last: the server is gone afterwards."""
+    """Last: the server is gone afterwards. A minute of slow steps is left at the signal."""
+    slow_steps = slow_file(server.log)
+    slow_steps.touch()
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         running = [pool.submit(complete, client, MILD, 64) for client in clients]
         while server.metric("vllm:num_requests_running") < CONNECTIONS:
             assert not any(answer.done() for answer in running)
+            time.sleep(0.1)
         server.process.send_signal(signal.SIGTERM)
+        slow_steps.unlink()
         for answer in running:
             assert answer.result()["calibration"]["applied"][0]["completion_tokens"] == 63
     assert server.process.wait(60) == 0

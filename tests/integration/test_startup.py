@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.integration.serving import command, free_port
 
-SECONDS = 240
+SECONDS = 300
 
 # Breaks the plug-in in the engine's processes only, as a half-installed environment would.
 # vLLM logs such a failure and runs on with its stock attention.

@@ -333,9 +333,10 @@ def nested(depth):
     ids=lambda fields: next(iter(fields))[:10],
 )
 def test_huge_values_are_refused_quickly_and_quoted_in_part(fields):
-    began = time.perf_counter()
+    # Of the processor, not of the clock: the machine may be busy with something else.
+    began = time.thread_time()
     refusal = refused({"method": "zerotuning", **fields})
-    assert time.perf_counter() - began < 2
+    assert time.thread_time() - began < 2
     assert len(refusal.message) < 500
     assert len(refusal.param) < 150
 

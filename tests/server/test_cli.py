@@ -1,7 +1,7 @@
+import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -33,13 +33,13 @@ def test_light_commands_import_nothing_heavy(argv):
 
 
 def test_help_is_quick():
-    # The best of a few: the machine may be busy with something else.
+    # Seconds of the processor, and the best of a few: the machine may be busy with something else.
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = sum(os.times()[2:4])
         run("--help")
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 1
+        seconds.append(sum(os.times()[2:4]) - began)
+    assert 0 < min(seconds) < 1
 
 
 def test_help_lists_the_commands(capsys):

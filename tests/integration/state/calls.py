@@ -90,11 +90,13 @@ class Caller:
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Ask again and again, for a limited time."""
+    """Ask again and again, for a limited time; once more if that went by in one's sleep."""
     deadline = time.monotonic() + PATIENCE
+    late = False
     while not condition():
-        assert time.monotonic() < deadline, f"in vain for {PATIENCE} seconds: {what}"
+        assert not late, f"in vain for {PATIENCE} seconds: {what}"
         time.sleep(0.01)
+        late = time.monotonic() > deadline
 
 
 def wait_until_idle(server: Server) -> None:

@@ -12,7 +12,8 @@ from tests.integration.serving import Server, serving
 from tests.integration.state.sizes import ENTRY_POINTS
 
 # Small steps and few places, so that requests wait for tokens and for a place.
-FLAGS = ("--dtype", "float32", "--max-model-len", "2048", "--max-num-batched-tokens", "64")
+STEP = 64
+FLAGS = ("--dtype", "float32", "--max-model-len", "2048", "--max-num-batched-tokens", str(STEP))
 PLACES = 16
 # All blocks of this cache have been in use after some dozens of requests; an untouched one takes
 # no memory.
@@ -24,6 +25,8 @@ def server(model: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("server")
     source = (Path(__file__).parent / "sizes.py").read_text()
     env = plugins.install(folder, "sizes", source, ENTRY_POINTS) | {"VLLM_PLUGINS": "trimtab,sizes"}
+    # Python's objects come from where everybody's bytes are counted.
+    env["PYTHONMALLOC"] = "malloc"
     flags = (*FLAGS, "--max-num-seqs", str(PLACES), "--num-gpu-blocks-override", str(BLOCKS))
     extension = ("--worker-extension-cls", "sizes.SizesWorker")
     ids_and_load = ("--enable-request-id-headers", "--enable-server-load-tracking")

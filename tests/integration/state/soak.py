@@ -18,8 +18,10 @@ from tests.integration.serving import Server
 from tests.integration.state.calls import outcomes, settled
 
 PARALLEL = 16
-# A hung-up request would take seconds to its last token.
-ENDLESS = 500
+# A request that its client leaves would take a minute to its last token.
+ENDLESS = 2000
+# As long as a busy machine may need to take up a request: one that is left before is not counted.
+UNTIL_TAKEN_UP = httpx.Timeout(300, read=1)
 SETTINGS: list[dict[str, Any]] = [
     {"gamma": 0.2},
     {"gamma": 0.5},
@@ -59,6 +61,18 @@ class Soak:
         limits = httpx.Limits(max_connections=PARALLEL, max_keepalive_connections=PARALLEL)
         self._client = httpx.Client(base_url=self.server.url, timeout=300, limits=limits)
 
+    def warm_up(self, step: int) -> None:
+        """Have steps of every number of tokens, up to `step`, and of every number of requests.
+
+        vLLM's matrix products keep a megabyte for each number of rows they have met. Rounds of a
+        few dozen requests meet new ones for long.
+        """
+        for length in range(1, step + 1):
+            self._answer({"prompt": [1000 + length] * length, "max_tokens": 1}, False)
+        for number in range(1, PARALLEL + 1):
+            prompts = [[2000 + index] for index in range(number)]
+            self._answer({"prompt": prompts, "max_tokens": 3, "ignore_eos": True}, False)
+
     def round(self, requests: int, *, mixed: bool) -> None:
         """Send requests: plain, or one in five plain and one in twenty hung up."""
         calls = [self._call(index, mixed) for index in range(requests)]
@@ -92,7 +106,7 @@ class Soak:
     def _leave(self, body: dict[str, Any], *, stream: bool) -> None:
         if not stream:
             with suppress(httpx.ReadTimeout):
-                self._client.post("/v1/completions", json=body, timeout=0.1)
+                self._client.post("/v1/completions", json=body, timeout=UNTIL_TAKEN_UP)
                 raise AssertionError("there was no time for an answer")
             return
         with self._client.stream("POST", "/v1/completions", json={**body, "stream": True}) as left:
@@ -107,14 +121,16 @@ class Reading:
         answers: to requests that are always the same.
         tables: lengths of what Trimtab's objects hold, by process and path.
         series: label sets of all `trimtab_*` metrics.
-        memory: resident bytes by process.
+        allocated: bytes that are not freed, by process.
+        resident: bytes by process.
         files: open by process.
     """
 
     answers: list[Any]
     tables: dict[str, dict[str, int]]
     series: frozenset[str]
-    memory: dict[str, int]
+    allocated: dict[str, int]
+    resident: dict[str, int]
     files: dict[str, int]
 
     @classmethod
@@ -130,6 +146,7 @@ class Reading:
             answers,
             tables,
             frozenset(series),
+            {name: shown[name]["allocated"] for name in shown},
             {name: process.memory_info().rss for name, process in processes.items()},
             {name: process.num_fds() for name, process in processes.items()},
         )
@@ -137,7 +154,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Slope:
-    """Growth of one process's memory in bytes per request, round by round."""
+    """Growth of what one process has allocated, in bytes per request, round by round."""
 
     plain: list[float]
     mixed: list[float]
@@ -148,7 +165,7 @@ class Slope:
 
 def slope(readings: Sequence[Reading], process: str, plain: int, mixed: int) -> Slope:
     """Of `readings` taken before and after rounds, plain and mixed in turn, of so many requests."""
-    grown = [b.memory[process] - a.memory[process] for a, b in pairwise(readings)]
+    grown = [b.allocated[process] - a.allocated[process] for a, b in pairwise(readings)]
     return Slope([each / plain for each in grown[::2]], [each / mixed for each in grown[1::2]])
 
 

@@ -1,6 +1,8 @@
 """Thousands of requests, and the server holds what it held before.
 
-`make soak` runs ten thousand and logs the figures; the ordinary suite runs a few hundred.
+`make soak` runs ten thousand and logs the figures; the ordinary suite runs a few hundred. Both are
+judged by one bound, which takes exact figures: in rounds of sixty requests the worker's resident
+memory grew by up to 60,000 bytes per request, what it had allocated by -701 to 532.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from statistics import median
 import pytest
 
 from tests.integration.state.calls import growth, outcomes
+from tests.integration.state.conftest import STEP
 from tests.integration.state.soak import PARALLEL, Reading, Soak, slope
 
 REQUESTS = int(os.environ.get("SOAK_REQUESTS", "600"))
@@ -30,6 +33,7 @@ def soak(server):
     """What rounds of requests did, and readings between them once the server is warm."""
     soak, readings, began = Soak(server), [], time.monotonic()
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    soak.warm_up(STEP)
     for number in range(ROUNDS):
         if number == WARM_UP:
             readings.append(Reading.of(server))
@@ -65,9 +69,15 @@ def test_an_idle_server_holds_and_answers_what_it_did(soak):
 
 @pytest.mark.parametrize("process", ["front end", "engine", "worker"])
 def test_memory_does_not_grow_with_calibrated_requests(soak, process):
-    """Medians: what leaks grows in every round, and an allocator's huge page comes in one."""
+    """Medians: what leaks grows in every round, and what is kept for once comes in one.
+
+    Whatever its requests, a round costs the front end up to 100 KB, so that in the short form a
+    request may leave several KB there before it shows.
+    """
     readings = soak[1]
     grown = slope(readings, process, PLAIN, MIXED)
-    size = readings[-1].memory[process] / (1 << 20)
-    log.info("%s: %.1f MiB, bytes per request: %s", process, size, grown)
+    held, resident = (
+        getattr(readings[-1], name)[process] / (1 << 20) for name in ("allocated", "resident")
+    )
+    log.info("%s: %.1f of %.1f MiB, bytes per request: %s", process, held, resident, grown)
     assert median(grown.mixed) <= max(0, median(grown.plain)) + ALLOWED

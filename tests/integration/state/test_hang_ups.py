@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
+from tests.integration.attempts import in_time
 from tests.integration.serving import Server
 from tests.integration.state.calls import (
     SETTING,
@@ -23,7 +23,10 @@ from tests.integration.state.calls import (
 )
 from tests.integration.state.conftest import PLACES
 
-NEW_TOKENS = 800
+# Far more than it takes to hang up, and few enough to tell that they were not generated.
+NEW_TOKENS = 1400
+# What all together may generate until everybody has hung up in time: fifty steps.
+FEW = 50 * PLACES
 
 
 def in_the_prompt(server: Server, call: Callable[..., Caller]) -> list[Caller]:
@@ -50,34 +53,50 @@ def queued(server: Server, call: Callable[..., Caller]) -> list[Caller]:
     return callers[::-1]
 
 
+def work(server: Server) -> tuple[float, float]:
+    """Tokens generated so far, and requests that went on to their last."""
+    return (
+        server.metric("vllm:generation_tokens_total"),
+        server.metric("vllm:request_success_total", finished_reason="length"),
+    )
+
+
+def taken_up(server: Server, counted: dict[str, float]) -> float:
+    """Calibrated requests since `counted`. One whose client is gone before is not counted."""
+    ended = sum(growth(counted, outcomes(server)).values())
+    return ended + server.metric("trimtab_active_requests")
+
+
 @pytest.mark.parametrize("moment", [in_the_prompt, generating, queued])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("calibration", [None, SETTING], ids=["plain", "calibrated"])
 def test_nothing_is_left_of_a_client_that_hangs_up(server, moment, stream, calibration):
-    seeds = iter(
-        random.Random(f"{moment.__name__} {stream} {calibration}").sample(range(10**6), 20)
-    )
+    draw = random.Random(f"{moment.__name__} {stream} {calibration}")
 
     def call(length: int) -> Caller:
-        tokens = prompt(next(seeds), length)
+        tokens = prompt(draw.randrange(10**6), length)
         return Caller(server, body(tokens, calibration, max_tokens=NEW_TOKENS, stream=stream))
 
-    before, tokens = settled(server), server.metric("vllm:generation_tokens_total")
-    counted = outcomes(server)
-    callers = moment(server, call)
-    if stream and moment is generating:
+    def attempt(_: int) -> bool:
+        before, counted, tokens, ended = settled(server), outcomes(server), *work(server)
+        callers = moment(server, call)
+        if calibration:
+            wait_until(lambda: taken_up(server, counted) == len(callers), "one is not taken up")
+        if stream and moment is generating:
+            for caller in callers:
+                assert len(caller.events(3)) == 3
         for caller in callers:
-            assert len(caller.events(3)) == 3
-    for caller in callers:
-        caller.hang_up()
-    wait_until_idle(server)
-    generated = server.metric("vllm:generation_tokens_total") - tokens
-    if moment is in_the_prompt:
-        assert generated == 0
-    assert generated < NEW_TOKENS
-    failed = {"failed": len(callers)} if calibration else {}
-    assert growth(counted, outcomes(server)) == failed
-    assert settled(server) == before
+            caller.hang_up()
+        wait_until_idle(server)
+        tokens_now, ended_now = work(server)
+        assert ended_now == ended, "some went on to their last token"
+        failed = {"failed": len(callers)} if calibration else {}
+        assert growth(counted, outcomes(server)) == failed
+        assert settled(server) == before
+        generated = tokens_now - tokens
+        return generated == 0 if moment is in_the_prompt else generated < FEW
+
+    in_time(attempt)
 
 
 def test_many_choices_of_many_prompts_are_one_request(server):
@@ -92,17 +111,33 @@ def test_many_choices_of_many_prompts_are_one_request(server):
 
 
 def test_requests_are_counted_once_whenever_their_clients_hang_up(server):
-    before, counted = settled(server), outcomes(server)
     draw = random.Random(8)
-    calls: list[tuple[float, Any]] = []
-    for index in range(24):
-        request = body(prompt(100 + index, 6), SETTING, max_tokens=4, stream=index % 2 == 0)
-        calls.append((time.monotonic() + draw.uniform(0, 1.2), Caller(server, request)))
-    for moment, caller in sorted(calls, key=lambda call: call[0]):
-        time.sleep(max(0, moment - time.monotonic()))
-        caller.hang_up()
-    wait_until_idle(server)
-    ended = growth(counted, outcomes(server))
-    assert sum(ended.values()) == len(calls)
-    assert set(ended) == {"applied", "failed"}
-    assert settled(server) == before
+    requests = [
+        body(prompt(100 + index, 6), SETTING, max_tokens=4, stream=index % 2 == 0)
+        for index in range(24)
+    ]
+
+    def send(counted: dict[str, float]) -> list[Caller]:
+        callers = [Caller(server, request) for request in requests]
+        wait_until(lambda: taken_up(server, counted) == len(requests), "one is not taken up")
+        return callers
+
+    def attempt(_: int) -> bool:
+        before, began = settled(server), time.monotonic()
+        unhurried = send(outcomes(server))
+        wait_until_idle(server)
+        taken, counted = time.monotonic() - began, outcomes(server)
+        callers, began = send(counted), time.monotonic()
+        moments = sorted(draw.uniform(0, taken) for _ in callers)
+        for moment, caller in zip(moments, draw.sample(callers, len(callers)), strict=True):
+            time.sleep(max(0, began + moment - time.monotonic()))
+            caller.hang_up()
+        for caller in unhurried:
+            caller.hang_up()
+        wait_until_idle(server)
+        ended = growth(counted, outcomes(server))
+        assert sum(ended.values()) == len(requests)
+        assert settled(server) == before
+        return set(ended) == {"applied", "failed"}
+
+    in_time(attempt)
