@@ -229,7 +229,8 @@ class Pool:
         keys: int32 `[n]`, distinct positions in ascending order; or one such array per query
             head; or a span, which may reach beyond the prompt. A row sees those not after itself
             and not hidden by a sliding window.
-        weights: float32 `[n]`, finite, shaped like `keys`; None for an unweighted pool.
+        weights: float32, finite, one per listed key: `[n]` where keys and weights are the same for
+            all heads, else one array per query head. None for an unweighted pool; a span has none.
         above: which of the keys count in a row; None for all.
     """
 
@@ -261,9 +262,13 @@ class LayerPlan:
 class Masses:
     """Pool masses of the rows of one method in one layer and step.
 
+    Both are zero on heads that a row's plan does not select. The heads are those of one
+    tensor-parallel rank, or all of the model's for a method that looks across them.
+
     Attributes:
         plain: float32 `[rows, query_heads, pools]`, `m_g` in [0, 1].
-        weighted: float32 of the same shape, `sum w_j p_j`; None where no pool has weights.
+        weighted: float32 of the same shape, `sum w_j p_j`, zero for a pool without weights; None
+            where no pool of any of the rows has weights.
     """
 
     plain: torch.Tensor
@@ -277,7 +282,8 @@ class Coefficients:
     Attributes:
         rest: `[rows, query_heads]`, `c_rest`.
         pools: `[rows, query_heads, pools]`, `c_g`; None without pools.
-        weighted: `[rows, query_heads, pools]`, `d_g`; None without weights.
+        weighted: `[rows, query_heads, pools]`, `d_g`; None for zero, as it must be where
+            `Masses.weighted` is None.
         scale: `[rows, query_heads]`, the head scale; None for 1.
         apply: bool `[rows, query_heads]`; False leaves the stock output untouched to the bit.
             None applies everywhere the plan's heads allow.

@@ -12,11 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibrators.interface import Calibrator, Masses
+from calibrators.interface import Calibrator, Coefficients, Masses
 from server.engine.guard import attempt
 from server.engine.stack import Stack
 from server.kernels import cpu as kernels
-from server.kernels.partials import Changes, PoolMap, RowMap
+from server.kernels.partials import Changes, Partials, PoolMap, RowMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Change:
 
     Attributes:
         touched: bool `[rows, heads]`, outputs that are rewritten.
-        factors: float32 `[rows, heads, pools]`, head scale included.
+        factors: float32 `[rows, heads, columns]`, head scale included; columns as of `Partials`.
         rest: float32 `[rows, heads]`, head scale included.
         statistics: float32 `[rows, heads]` each.
     """
@@ -101,6 +101,27 @@ class Change:
     factors: Tensor
     rest: Tensor
     statistics: Mapping[str, Tensor]
+
+
+def _masses(partials: Partials) -> Masses:
+    """Columns as a calibrator gets them."""
+    mass, pools = partials.mass, partials.pools
+    if mass.shape[2] == pools:
+        return Masses(mass)
+    return Masses(mass[..., :pools], mass[..., pools:])
+
+
+def _factors(result: Coefficients, masses: Masses) -> Tensor:
+    """`c_g` and, where any pool has weights, `d_g`, side by side."""
+    if result.pools is None and masses.plain.shape[2]:
+        raise ValueError("no coefficients of the pools")
+    plain = masses.plain if result.pools is None else result.pools
+    if masses.weighted is None:
+        if result.weighted is not None:
+            raise ValueError("coefficients of weights where no pool has any")
+        return plain
+    weighted = torch.zeros(()) if result.weighted is None else result.weighted
+    return torch.cat([plain.expand_as(masses.plain), weighted.expand_as(masses.plain)], -1)
 
 
 @dataclass
@@ -120,7 +141,7 @@ class Recombining:
     def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
         """Rewrite one layer; a calibrator that raises fails its requests alone."""
         partials = attention.pool_partials(self.stack.pools[layer])
-        change = attempt(self.calibrator.name, partial(self._change, layer, partials.mass))
+        change = attempt(self.calibrator.name, partial(self._change, layer, partials))
         if change is None:
             self._finite[:] = False
             return
@@ -129,23 +150,23 @@ class Recombining:
         )
         self._changes.append(change)
 
-    def _change(self, layer: int, mass: Tensor) -> Change:
+    def _change(self, layer: int, partials: Partials) -> Change:
         """Ask the calibrator, and have its answer in the shapes and types of the kernels.
 
         Those check nothing: whatever does not fit has to raise here.
         """
         tables = self.stack.parameters
         parameters = {name: table[layer][self._slot] for name, table in tables.items()}
-        result = self.calibrator.coefficients(Masses(mass), parameters)
+        masses = _masses(partials)
+        result = self.calibrator.coefficients(masses, parameters)
         selected = self.stack.heads[layer][self._slot]
         touched = selected if result.apply is None else selected & result.apply
-        factors = mass if result.pools is None else result.pools
-        rest = result.rest
+        factors, rest = _factors(result, masses), result.rest
         if result.scale is not None:
             factors, rest = factors * result.scale[..., None], rest * result.scale
         return Change(
             touched.expand_as(selected).contiguous(),
-            factors.float().expand_as(mass).contiguous(),
+            factors.float().expand_as(partials.mass).contiguous(),
             rest.float().expand(selected.shape).contiguous(),
             {name: s.float().expand(selected.shape) for name, s in result.statistics.items()},
         )
