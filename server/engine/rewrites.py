@@ -12,11 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibrators.interface import Calibrator, Coefficients, Masses
+from calibrators.interface import Calibrator, Coefficients, Masses, across_heads
 from server.engine.guard import attempt
+from server.engine.ranks import Gather
 from server.engine.stack import Stack
 from server.kernels import cpu as kernels
-from server.kernels.partials import Changes, Partials, PoolMap, RowMap
+from server.kernels.partials import Changes, PoolMap, RowMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,12 @@ class Rewrite(Protocol):
         ...
 
 
-def rewrite(calibrator: Calibrator, stack: Stack, rows: RowMap) -> Rewrite:
+def rewrite(
+    calibrator: Calibrator, stack: Stack, rows: RowMap, gather: Gather | None = None
+) -> Rewrite:
     """The quickest way a method allows."""
+    if across_heads(calibrator):
+        return Recombining(calibrator, stack, rows, gather)
     if stack.maps is not None and _rescales(type(calibrator)):
         return Rescaling(calibrator, stack, stack.maps, rows)
     return Recombining(calibrator, stack, rows)
@@ -103,9 +108,8 @@ class Change:
     statistics: Mapping[str, Tensor]
 
 
-def _masses(partials: Partials) -> Masses:
+def _masses(mass: Tensor, pools: int) -> Masses:
     """Columns as a calibrator gets them."""
-    mass, pools = partials.mass, partials.pools
     if mass.shape[2] == pools:
         return Masses(mass)
     return Masses(mass[..., :pools], mass[..., pools:])
@@ -126,11 +130,16 @@ def _factors(result: Coefficients, masses: Masses) -> Tensor:
 
 @dataclass
 class Recombining:
-    """Of any method: measure the pools, ask for coefficients, combine."""
+    """Of any method: measure the pools, ask for coefficients, combine.
+
+    With `gather`, the calibrator is asked with the heads of all ranks. Nothing that may fail on one
+    rank alone comes before the gathering in a layer, or decides whether there is one.
+    """
 
     calibrator: Calibrator
     stack: Stack
     rows: RowMap
+    gather: Gather | None = None
     _finite: Tensor = field(init=False)
     _changes: list[Change] = field(init=False, default_factory=list)
 
@@ -141,7 +150,9 @@ class Recombining:
     def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
         """Rewrite one layer; a calibrator that raises fails its requests alone."""
         partials = attention.pool_partials(self.stack.pools[layer])
-        change = attempt(self.calibrator.name, partial(self._change, layer, partials))
+        mass = partials.mass if self.gather is None else self.gather(partials.mass)
+        ask = partial(self._change, layer, mass, partials.pools)
+        change = attempt(self.calibrator.name, ask)
         if change is None:
             self._finite[:] = False
             return
@@ -150,26 +161,32 @@ class Recombining:
         )
         self._changes.append(change)
 
-    def _change(self, layer: int, partials: Partials) -> Change:
+    def _change(self, layer: int, mass: Tensor, pools: int) -> Change:
         """Ask the calibrator, and have its answer in the shapes and types of the kernels.
 
         Those check nothing: whatever does not fit has to raise here.
         """
         tables = self.stack.parameters
         parameters = {name: table[layer][self._slot] for name, table in tables.items()}
-        masses = _masses(partials)
+        masses, shape = _masses(mass, pools), mass.shape[:2]
         result = self.calibrator.coefficients(masses, parameters)
-        selected = self.stack.heads[layer][self._slot]
-        touched = selected if result.apply is None else selected & result.apply
+        touched = self.stack.heads[layer][self._slot]
+        if result.apply is not None:
+            touched = touched & self._own(result.apply.expand(shape))
         factors, rest = _factors(result, masses), result.rest
         if result.scale is not None:
             factors, rest = factors * result.scale[..., None], rest * result.scale
+        statistics = result.statistics.items()
         return Change(
-            touched.expand_as(selected).contiguous(),
-            factors.float().expand_as(partials.mass).contiguous(),
-            rest.float().expand(selected.shape).contiguous(),
-            {name: s.float().expand(selected.shape) for name, s in result.statistics.items()},
+            touched.contiguous(),
+            self._own(factors.float().expand_as(mass)).contiguous(),
+            self._own(rest.float().expand(shape)).contiguous(),
+            {name: self._own(values.float().expand(shape)) for name, values in statistics},
         )
+
+    def _own(self, per_head: Tensor) -> Tensor:
+        """The part of this rank."""
+        return per_head if self.gather is None else per_head[:, self.stack.programs[0].own]
 
     def done(self) -> Done:
         """Add up the layers."""

@@ -11,6 +11,7 @@ from calibrators.interface import (
     ProbabilityBlock,
     ResidualPeaks,
     Span,
+    across_heads,
 )
 from calibrators.zerotuning import ZeroTuning
 
@@ -32,6 +33,7 @@ def test_the_built_in_keeps_the_contract():
 
 def test_a_class_without_a_method_does_not(make_calibrator):
     assert isinstance(make_calibrator(), Calibrator)
+    assert across_heads(make_calibrator()) is False
     without = type("Without", (), {"name": "without", "bind": lambda *_: None})()
     assert not isinstance(without, Calibrator)
 
