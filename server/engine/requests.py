@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibrators.interface import Bound, Calibrator, ModelFacts, Prompt, Rows, across_heads
+from calibrators.interface import Bound, Calibrator, ModelFacts, Prompt, Rows
 from server.engine.guard import attempt
 from server.engine.payload import Payload
 from server.engine.programs import HeadShard, Program
@@ -30,7 +30,6 @@ class CalibratedRequest:
             adds nothing.
         failed: a calibrator raised or a result was not finite; the request will be answered with
             an error.
-        gathers: a method among its own looks across heads.
     """
 
     ticket: str
@@ -38,7 +37,6 @@ class CalibratedRequest:
     programs: list[Program]
     covered: int = 0
     failed: bool = False
-    gathers: bool = False
 
 
 class RequestTable:
@@ -85,15 +83,8 @@ class RequestTable:
         for program in programs:
             skipped = positions(program.rows, 0, min(cached, prompt.length), prompt.length)
             program.tally.prompt_tokens = len(skipped)
-        methods = {bound.method for bound in payload.calibrations}
-        known = [c for name, c in self._calibrators.items() if name in methods]
         self._requests[request_id] = CalibratedRequest(
-            payload.ticket,
-            prompt,
-            programs,
-            covered=cached,
-            failed=None in made,
-            gathers=any(map(across_heads, known)),
+            payload.ticket, prompt, programs, covered=cached, failed=None in made
         )
 
     def drop(self, request_ids: Iterable[str]) -> None:

@@ -46,7 +46,7 @@ class Coupled(ZeroTuning):
         if plan is None:
             return None
         third = prompt.length // 3
-        weights = np.exp(np.linspace(0, bound.params["gamma"], third))
+        weights = np.exp(np.linspace(0, min(bound.params["gamma"], 5), third))
         first, second = np.arange(third), np.arange(third, 2 * third)
         return replace(plan, pools=(Pool(first, weights), Pool(second)))
 

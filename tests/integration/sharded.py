@@ -94,10 +94,15 @@ def generate(llm: LLM, batch: dict[str, Any], reports: dict[str, Report]) -> dic
                 entry.logprob for step in output.outputs[0].logprobs for entry in step.values()
             ],
             "cached": output.num_cached_tokens,
-            "tally": asdict(reports[name].tallies[0]) if name in reports else None,
+            "tally": _tally(reports.get(name)),
         }
         for name, output in zip(batch, outputs, strict=True)
     }
+
+
+def _tally(report: Report | None) -> dict[str, Any] | None:
+    """None without calibration, and where it failed before it began."""
+    return asdict(report.tallies[0]) if report is not None and report.tallies else None
 
 
 def run(ranks: int, model: str) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def test_coefficients_that_raise_on_one_rank_leave_nobody_waiting(ranks):
     assert [two[0].failed(name) for name in NAMES] == [True, True, False]
 
 
-def test_new_requests_are_settled_and_others_cost_nothing(make_table, extra_args):
+def test_new_requests_are_settled_and_plain_ones_cost_nothing(make_table, extra_args):
     table, calls = make_table(Coupled(), shard=HALVES[0]), []
 
     def gather(values):
@@ -291,9 +291,10 @@ def test_new_requests_are_settled_and_others_cost_nothing(make_table, extra_args
         )
 
     coupled = extra_args(Bound("coupled", params(), 2, 12))
-    begin(z=extra_args(gamma=0.3), p=None)
+    begin(p=None)
+    begin()
     assert calls == []
-    begin(a=coupled, z=extra_args(gamma=0.3), b=coupled)
+    begin(a=coupled, p=None, z=extra_args(gamma=0.3))
     assert calls == [(2, 1, 1)]
     begin()
     assert calls == [(2, 1, 1)]
