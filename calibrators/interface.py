@@ -303,7 +303,7 @@ class Coefficients:
 class Calibrator(Protocol):
     """One calibration method. A class with a no-argument constructor, without state.
 
-    A class may also declare `across_heads`; see the function of that name.
+    What a class may declare besides is in `calibrators.capabilities`.
 
     Attributes:
         name: identifier in requests, metrics and profiles: lower case, `[a-z][a-z0-9_-]*`.
@@ -379,16 +379,3 @@ class Calibrator(Protocol):
         selected are ignored.
         """
         ...
-
-
-def across_heads(calibrator: Calibrator) -> bool:
-    """Whether a head's coefficients depend on the other heads of its layer.
-
-    Declared by `across_heads: ClassVar[bool] = True` in the calibrator's class; False where it says
-    nothing. The `coefficients` of such a method get masses and parameters of all query heads of the
-    model, and give coefficients for all of them; under tensor parallelism the masses are gathered
-    first, and every rank asks for the same. Masses are measured on the heads that `LayerPlan.heads`
-    selects: a plan selects every head that is to be looked at, and `Coefficients.apply` says which
-    of them are rewritten.
-    """
-    return bool(getattr(calibrator, "across_heads", False))

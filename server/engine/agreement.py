@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from calibrators.interface import across_heads
+from calibrators.capabilities import across_heads
 
 if TYPE_CHECKING:
     from server.engine.programs import Program

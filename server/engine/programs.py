@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from calibrators.capabilities import across_heads
 from calibrators.interface import (
     Bound,
     Calibrator,
@@ -19,7 +20,6 @@ from calibrators.interface import (
     Observation,
     Observed,
     Prompt,
-    across_heads,
 )
 from server.engine.payload import Tally
 from server.engine.pools import LayerPools

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibrators.interface import Calibrator, Coefficients, Masses, across_heads
+from calibrators.capabilities import across_heads
+from calibrators.interface import Calibrator, Coefficients, Masses
 from server.engine.guard import attempt
 from server.engine.ranks import Gather
 from server.engine.stack import Stack

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from calibrators.capabilities import across_heads
 from calibrators.interface import (
     CalibrationError,
     Calibrator,
@@ -11,7 +12,6 @@ from calibrators.interface import (
     ProbabilityBlock,
     ResidualPeaks,
     Span,
-    across_heads,
 )
 from calibrators.zerotuning import ZeroTuning
 

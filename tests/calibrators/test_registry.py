@@ -4,7 +4,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from calibrators import registry
-from calibrators.interface import across_heads
+from calibrators.capabilities import across_heads
 from calibrators.registry import BUILT_IN, GROUP, Registry, RegistryError
 from calibrators.settings import CalibrationSettings
 from calibrators.zerotuning import ZeroTuning
