@@ -21,6 +21,7 @@ Life of a request, in the order the engine calls:
 
 Methods are stateless; what belongs to a request travels in `Bound` and `LayerPlan`. Heads are
 query heads of the whole model, layers are 0-based, positions are absolute in the sequence.
+What a class may declare besides is in `calibrators.capabilities`.
 This module imports neither torch nor numpy, so that admission stays light.
 """
 
@@ -229,7 +230,7 @@ class Pool:
         keys: int32 `[n]`, distinct positions in ascending order; or one such array per query
             head; or a span, which may reach beyond the prompt. A row sees those not after itself
             and not hidden by a sliding window.
-        weights: float32 `[n]`, finite, shaped like `keys`; None for an unweighted pool.
+        weights: float32 per listed key, finite; `[n]` for all heads, or an array per query head.
         above: which of the keys count in a row; None for all.
     """
 
@@ -261,9 +262,11 @@ class LayerPlan:
 class Masses:
     """Pool masses of the rows of one method in one layer and step.
 
+    Of one tensor-parallel rank's heads, or of all for a method that looks across them.
+
     Attributes:
-        plain: float32 `[rows, query_heads, pools]`, `m_g` in [0, 1].
-        weighted: float32 of the same shape, `sum w_j p_j`; None where no pool has weights.
+        plain: float32 `[rows, query_heads, pools]`, `m_g` in [0, 1]; 0 on heads not selected.
+        weighted: the same of `sum w_j p_j`, 0 for a pool without weights; None where none has any.
     """
 
     plain: torch.Tensor
@@ -367,7 +370,6 @@ class Calibrator(Protocol):
         """Coefficients from masses, for every row of this method in the step.
 
         Total: whatever finite masses come in, nothing is raised. Each parameter is float32
-        `[rows, query_heads]`, under tensor parallelism those of one rank. Entries of heads that
-        are not selected are ignored.
+        `[rows, query_heads]`, of the same heads as the masses. Those not selected are ignored.
         """
         ...

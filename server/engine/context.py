@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from calibrators.interface import Prompt
+from server.engine.agreement import settle
 from server.engine.batch import members
 from server.engine.payload import Report
-from server.engine.ranks import Union, alone
+from server.engine.ranks import Gather, Union, alone
 from server.engine.requests import RequestTable
 from server.engine.step import Planner, StepPlan
 
@@ -24,6 +25,7 @@ class StepContext:
         table: state of calibrated requests.
         request_ids: ids by row of the batch, as the model runner orders them right now.
         union: brings what the ranks did together.
+        gather: brings their heads together; None where this one has them all.
     """
 
     def __init__(
@@ -31,11 +33,13 @@ class StepContext:
         table: RequestTable,
         request_ids: Callable[[], Sequence[str]],
         union: Union = alone,
+        gather: Gather | None = None,
     ) -> None:
         self._table = table
         self._request_ids = request_ids
         self._union = union
-        self._planner = Planner()
+        self._gather = gather
+        self._planner = Planner(gather)
         self._scheduled: list[str] = []
         self._plan: StepPlan | None = None
 
@@ -50,6 +54,9 @@ class StepContext:
                 Prompt(length=len(new.prompt_token_ids or ())),
                 new.num_computed_tokens,
             )
+        if self._gather is not None:
+            new_ids = [new.req_id for new in scheduler_output.scheduled_new_reqs]
+            settle([self._table.get(request_id) for request_id in new_ids], self._gather)
         self._plan = None
         self._scheduled = [
             request_id

@@ -13,7 +13,9 @@ from calibrators.interface import LayerPlan, Pool, Span, Threshold
 from server.kernels.partials import PoolMap, PoolTable
 
 if TYPE_CHECKING:
-    from calibrators.interface import IntArray
+    from collections.abc import Iterable
+
+    from calibrators.interface import FloatArray, IntArray
 
 NO_KEYS = np.empty(0, np.int32)
 _END = int(np.iinfo(np.int32).max)
@@ -24,9 +26,9 @@ class LayerPools:
     """The pools of one request in one layer, checked.
 
     Attributes:
-        prompt: of prompt rows; keys per head are those of this rank.
+        prompt: of prompt rows; keys and weights per head are those of this rank.
         generated: of generated rows.
-        plain: lists of keys, the same for all heads and rows.
+        plain: lists of keys without weights, the same for all heads and rows.
     """
 
     prompt: tuple[Pool, ...]
@@ -45,7 +47,6 @@ class LayerPools:
 
         Raises:
             ValueError: the kernels, which check nothing, could not read them.
-            NotImplementedError: a pool carries weights.
         """
         prompt = tuple(_checked(pool, query_heads, own) for pool in plan.pools)
         generated = prompt
@@ -54,28 +55,72 @@ class LayerPools:
         if len(prompt) != pools or len(generated) != pools:
             raise ValueError(f"a plan has {len(prompt)} and {len(generated)} pools, not {pools}")
         listed = all(isinstance(pool.keys, np.ndarray) and pool.above is None for pool in prompt)
-        return cls(prompt, generated, listed and generated is prompt)
+        plain = listed and generated is prompt and not any(_weighted(prompt))
+        return cls(prompt, generated, plain)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether any pool has weights."""
+        return any(_weighted((*self.prompt, *self.generated)))
+
+
+def _weighted(pools: Iterable[Pool]) -> Iterable[bool]:
+    return (pool.weights is not None for pool in pools)
 
 
 def _checked(pool: Pool, query_heads: int, own: slice) -> Pool:
-    if pool.weights is not None:
-        raise NotImplementedError("pools with weights")
-    keys = pool.keys
-    if isinstance(keys, Span):
-        if not 0 <= keys.start <= keys.stop:
-            raise ValueError(f"a pool reaches from {keys.start} to {keys.stop}")
-        return Pool(Span(min(keys.start, _END), min(keys.stop, _END)), above=pool.above)
-    if isinstance(keys, np.ndarray):
-        return Pool(_ascending(keys), above=pool.above)
-    if len(keys) != query_heads:
-        raise ValueError(f"a pool has keys for {len(keys)} heads, not {query_heads}")
-    return Pool([_ascending(each) for each in keys[own]], above=pool.above)
+    keys: IntArray | list[IntArray] | Span
+    if isinstance(pool.keys, Span):
+        keys = _within(pool.keys)
+    elif isinstance(pool.keys, np.ndarray):
+        keys = _ascending(pool.keys)
+    elif len(pool.keys) != query_heads:
+        raise ValueError(f"a pool has keys for {len(pool.keys)} heads, not {query_heads}")
+    else:
+        keys = [_ascending(each) for each in pool.keys[own]]
+    if pool.weights is None:
+        return Pool(keys, above=pool.above)
+    return Pool(keys, _fitting(pool.weights, keys, query_heads, own), pool.above)
+
+
+def _within(span: Span) -> Span:
+    if not 0 <= span.start <= span.stop:
+        raise ValueError(f"a pool reaches from {span.start} to {span.stop}")
+    return Span(min(span.start, _END), min(span.stop, _END))
 
 
 def _ascending(keys: IntArray) -> IntArray:
     if keys.ndim != 1 or (len(keys) and (keys[0] < 0 or (np.diff(keys) <= 0).any())):
         raise ValueError("keys of a pool are not distinct positions in ascending order")
     return keys.astype(np.int32)
+
+
+def _fitting(
+    weights: FloatArray | Sequence[FloatArray],
+    keys: IntArray | Sequence[IntArray] | Span,
+    query_heads: int,
+    own: slice,
+) -> FloatArray | list[FloatArray]:
+    """Weights that fit the checked keys, for all heads or for each."""
+    if isinstance(keys, Span):
+        raise ValueError("a span carries weights, which belong to listed keys")
+    if isinstance(weights, np.ndarray):
+        if not isinstance(keys, np.ndarray):
+            raise ValueError("keys of each head have the same weights for all")
+        return _finite(weights, keys)
+    if len(weights) != query_heads:
+        raise ValueError(f"a pool has weights for {len(weights)} heads, not {query_heads}")
+    listed = weights[own]
+    by_head = [keys] * len(listed) if isinstance(keys, np.ndarray) else keys
+    return [_finite(each, of) for each, of in zip(listed, by_head, strict=True)]
+
+
+def _finite(weights: FloatArray, keys: IntArray) -> FloatArray:
+    with np.errstate(over="ignore"):
+        rounded = weights.astype(np.float32)
+    if rounded.shape != keys.shape or not np.isfinite(rounded).all():
+        raise ValueError("weights of a pool are not one finite number per key")
+    return rounded
 
 
 def stacked(pools: Sequence[LayerPools], prompts: Sequence[int], heads: int) -> PoolMap | PoolTable:
@@ -95,17 +140,32 @@ def stacked(pools: Sequence[LayerPools], prompts: Sequence[int], heads: int) -> 
         torch.tensor([[_above(pool.above) for pool in half] for half, _ in sets]),
         torch.tensor(chosen, dtype=torch.int32).view(len(pools), 2, heads),
         torch.tensor(prompts, dtype=torch.int32),
+        _all_weights(sets) if any(slot.weighted for slot in pools) else None,
     )
 
 
 def _by_head(pool: Pool) -> bool:
-    return not isinstance(pool.keys, (np.ndarray, Span))
+    same = isinstance(pool.keys, (np.ndarray, Span))
+    return not (same and (pool.weights is None or isinstance(pool.weights, np.ndarray)))
 
 
 def _keys(pool: Pool, head: int) -> IntArray:
     if isinstance(pool.keys, Span):
         return NO_KEYS
     return pool.keys if isinstance(pool.keys, np.ndarray) else pool.keys[head]
+
+
+def _all_weights(sets: Sequence[tuple[tuple[Pool, ...], int]]) -> torch.Tensor:
+    """Weights in the order in which `pool_map` lays out the keys; 0 where a pool has none."""
+    return torch.from_numpy(
+        np.concatenate([_weights(pool, head) for half, head in sets for pool in half])
+    )
+
+
+def _weights(pool: Pool, head: int) -> FloatArray:
+    if pool.weights is None:
+        return np.zeros(len(_keys(pool, head)), np.float32)
+    return pool.weights if isinstance(pool.weights, np.ndarray) else pool.weights[head]
 
 
 def _span(pool: Pool) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from calibrators.capabilities import across_heads
 from calibrators.interface import (
     Bound,
     Calibrator,
@@ -45,8 +46,11 @@ class Program:
         prompt: geometry of the prompt.
         rows: which positions are calibrated.
         observed: layers in which something has to be measured.
+        own: the heads of this rank among those of the model.
         heads: bool `[layers, heads of this rank]`.
-        parameters: float32 of the same shape, by name.
+        active: bool `[layers]`, whether any head is selected: of this rank, or of the model for a
+            method that looks across heads.
+        parameters: float32 `[layers, heads]` by name, of the same heads as `active`.
         pools: per layer.
         tally: what was done so far.
     """
@@ -62,12 +66,15 @@ class Program:
         self.calibrator = calibrator
         self.prompt = prompt
         self._bound, self._facts = bound, facts
-        self._own = slice(shard.start, shard.stop)
+        self.own = slice(shard.start, shard.stop)
+        self._known = slice(0, facts.query_heads) if across_heads(calibrator) else self.own
         shape = facts.layers, shard.stop - shard.start
         self.rows = calibrator.rows(bound, prompt)
         self.observed = _layers(calibrator.observe(bound), facts, shape[1])
         self.heads = np.zeros(shape, np.bool_)
-        self.parameters = {name: np.zeros(shape, np.float32) for name in calibrator.parameters}
+        self.active = np.zeros(facts.layers, np.bool_)
+        wide = facts.layers, self._known.stop - self._known.start
+        self.parameters = {name: np.zeros(wide, np.float32) for name in calibrator.parameters}
         self.pools = [LayerPools.none(len(calibrator.pools))] * facts.layers
         self.tally = Tally()
         self._statistics: dict[int, Mapping[str, float]] = {}
@@ -85,22 +92,23 @@ class Program:
         plan = self.calibrator.resolve(self._bound, layer, self._facts, self.prompt, observed)
         count = len(self.calibrator.pools)
         if plan is None:
-            self.heads[layer] = False
+            self.heads[layer] = self.active[layer] = False
             self.pools[layer] = LayerPools.none(count)
             self._count(layer, {})
             return self
-        pools = LayerPools.of(plan, count, self._facts.query_heads, self._own)
-        heads = self._local(plan.heads).astype(np.bool_)
-        parameters = self._local_parameters(plan)
+        pools = LayerPools.of(plan, count, self._facts.query_heads, self.own)
+        heads = self._part(plan.heads, self.own).astype(np.bool_)
+        parameters = self._known_parameters(plan)
         self._count(layer, plan.statistics)
         self.heads[layer], self.pools[layer] = heads, pools
+        self.active[layer] = plan.heads[self._known].any()
         for name, values in parameters.items():
             self.parameters[name][layer] = values
         return self
 
     def abandon(self) -> None:
         """Leave every layer alone from now on."""
-        self.heads[:] = False
+        self.heads[:] = self.active[:] = False
 
     def _count(self, layer: int, statistics: Mapping[str, float]) -> None:
         """Statistics of a layer's plan, in place of those it had."""
@@ -118,14 +126,14 @@ class Program:
                 sums[name] = sums.get(name, 0.0) + value
                 counts[name] = counts.get(name, 0) + 1
 
-    def _local_parameters(self, plan: LayerPlan) -> Mapping[str, FloatArray]:
-        names = self.calibrator.parameters
-        return {name: self._local(plan.parameters[name]).astype(np.float32) for name in names}
+    def _known_parameters(self, plan: LayerPlan) -> Mapping[str, FloatArray]:
+        given, names = plan.parameters, self.calibrator.parameters
+        return {name: self._part(given[name], self._known).astype(np.float32) for name in names}
 
-    def _local(self, per_head: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def _part(self, per_head: npt.NDArray[Any], heads: slice) -> npt.NDArray[Any]:
         if per_head.shape != (self._facts.query_heads,):
             raise ValueError(f"a plan has {per_head.shape} in place of one entry per query head")
-        return per_head[self._own]
+        return per_head[heads]
 
 
 def _layers(

@@ -45,6 +45,13 @@ Shares: TypeAlias = Mapping[str, Share]
 Union: TypeAlias = Callable[[Shares], Shares]
 """Turns a rank's shares into those of all ranks, on the rank whose output is used."""
 
+Gather: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""Puts the heads of all ranks side by side, on all ranks: float32 `[rows, heads of a rank, n]`.
+
+Every rank calls it, in the same order and with the same shape, or the others wait for ever: what
+decides whether it is called has to be the same on all of them, whatever fails on one.
+"""
+
 
 def alone(shares: Shares) -> Shares:
     """The union where one rank has all heads."""
@@ -59,6 +66,21 @@ def across(group: GroupCoordinator) -> Union:
     def gathered(shares: Shares) -> Shares:
         messages = _gather(group, pickle.dumps(shares))
         return shares if messages is None else united([pickle.loads(m) for m in messages])
+
+    return gathered
+
+
+def heads_across(group: GroupCoordinator) -> Gather | None:
+    """The gather over the ranks of a tensor-parallel group; None where one rank has all heads."""
+    if group.world_size == 1:
+        return None
+
+    def gathered(values: torch.Tensor) -> torch.Tensor:
+        rows, heads, n = values.shape
+        if not values.numel():
+            return values.new_empty(rows, heads * group.world_size, n)
+        every: torch.Tensor = group.all_gather(values.contiguous(), 1)
+        return every
 
     return gathered
 

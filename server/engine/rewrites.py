@@ -12,8 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibrators.interface import Calibrator, Masses
+from calibrators.capabilities import across_heads
+from calibrators.interface import Calibrator, Coefficients, Masses
 from server.engine.guard import attempt
+from server.engine.ranks import Gather
 from server.engine.stack import Stack
 from server.kernels import cpu as kernels
 from server.kernels.partials import Changes, PoolMap, RowMap
@@ -51,9 +53,15 @@ class Rewrite(Protocol):
 
 
 def rewrite(
-    calibrator: Calibrator, stack: Stack, rows: RowMap, complete: frozenset[int]
+    calibrator: Calibrator,
+    stack: Stack,
+    rows: RowMap,
+    complete: frozenset[int],
+    gather: Gather | None = None,
 ) -> Rewrite:
     """The quickest way a method allows; `complete` slots have all their rows in `rows`."""
+    if across_heads(calibrator):
+        return Recombining(calibrator, stack, rows, gather)
     if stack.maps is not None and _rescales(type(calibrator)):
         return Rescaling(calibrator, stack, stack.maps, rows, complete)
     return Recombining(calibrator, stack, rows)
@@ -122,7 +130,7 @@ class Change:
 
     Attributes:
         touched: bool `[rows, heads]`, outputs that are rewritten.
-        factors: float32 `[rows, heads, pools]`, head scale included.
+        factors: float32 `[rows, heads, columns]`, head scale included; columns as of `Partials`.
         rest: float32 `[rows, heads]`, head scale included.
         statistics: float32 `[rows, heads]` each.
     """
@@ -133,13 +141,38 @@ class Change:
     statistics: Mapping[str, Tensor]
 
 
+def _masses(mass: Tensor, pools: int) -> Masses:
+    """Columns as a calibrator gets them."""
+    if mass.shape[2] == pools:
+        return Masses(mass)
+    return Masses(mass[..., :pools], mass[..., pools:])
+
+
+def _factors(result: Coefficients, masses: Masses) -> Tensor:
+    """`c_g` and, where any pool has weights, `d_g`, side by side."""
+    if result.pools is None and masses.plain.shape[2]:
+        raise ValueError("no coefficients of the pools")
+    plain = masses.plain if result.pools is None else result.pools
+    if masses.weighted is None:
+        if result.weighted is not None:
+            raise ValueError("coefficients of weights where no pool has any")
+        return plain
+    weighted = torch.zeros(()) if result.weighted is None else result.weighted
+    return torch.cat([plain.expand_as(masses.plain), weighted.expand_as(masses.plain)], -1)
+
+
 @dataclass
 class Recombining:
-    """Of any method: measure the pools, ask for coefficients, combine."""
+    """Of any method: measure the pools, ask for coefficients, combine.
+
+    With `gather`, the calibrator is asked with the heads of all ranks. Nothing that may fail on one
+    rank alone comes before the gathering in a layer, or decides whether there is one.
+    """
 
     calibrator: Calibrator
     stack: Stack
     rows: RowMap
+    gather: Gather | None = None
     _finite: Tensor = field(init=False)
     _changes: list[Change] = field(init=False, default_factory=list)
 
@@ -154,7 +187,9 @@ class Recombining:
     def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
         """Rewrite one layer; a calibrator that raises fails its requests alone."""
         partials = attention.pool_partials(self.stack.pools[layer])
-        change = attempt(self.calibrator.name, partial(self._change, layer, partials.mass))
+        mass = partials.mass if self.gather is None else self.gather(partials.mass)
+        ask = partial(self._change, layer, mass, partials.pools)
+        change = attempt(self.calibrator.name, ask)
         if change is None:
             self._finite[:] = False
             return
@@ -163,26 +198,32 @@ class Recombining:
         )
         self._changes.append(change)
 
-    def _change(self, layer: int, mass: Tensor) -> Change:
+    def _change(self, layer: int, mass: Tensor, pools: int) -> Change:
         """Ask the calibrator, and have its answer in the shapes and types of the kernels.
 
         Those check nothing: whatever does not fit has to raise here.
         """
         tables = self.stack.parameters
         parameters = {name: table[layer][self._slot] for name, table in tables.items()}
-        result = self.calibrator.coefficients(Masses(mass), parameters)
-        selected = self.stack.heads[layer][self._slot]
-        touched = selected if result.apply is None else selected & result.apply
-        factors = mass if result.pools is None else result.pools
-        rest = result.rest
+        masses, shape = _masses(mass, pools), mass.shape[:2]
+        result = self.calibrator.coefficients(masses, parameters)
+        touched = self.stack.heads[layer][self._slot]
+        if result.apply is not None:
+            touched = touched & self._own(result.apply.expand(shape))
+        factors, rest = _factors(result, masses), result.rest
         if result.scale is not None:
             factors, rest = factors * result.scale[..., None], rest * result.scale
+        statistics = result.statistics.items()
         return Change(
-            touched.expand_as(selected).contiguous(),
-            factors.float().expand_as(mass).contiguous(),
-            rest.float().expand(selected.shape).contiguous(),
-            {name: s.float().expand(selected.shape) for name, s in result.statistics.items()},
+            touched.contiguous(),
+            self._own(factors.float().expand_as(mass)).contiguous(),
+            self._own(rest.float().expand(shape)).contiguous(),
+            {name: self._own(values.float().expand(shape)) for name, values in statistics},
         )
+
+    def _own(self, per_head: Tensor) -> Tensor:
+        """The part of this rank."""
+        return per_head if self.gather is None else per_head[:, self.stack.programs[0].own]
 
     def done(self) -> Done:
         """Add up the layers."""

@@ -21,11 +21,12 @@ class Stack:
 
     Attributes:
         programs: one per slot.
-        heads: per layer, bool `[slots, heads]`.
-        parameters: by name, per layer, float32 of the same shape.
+        heads: per layer, bool `[slots, heads of this rank]`.
+        parameters: by name, per layer, float32 `[slots, heads]`; all heads of the model for a
+            method that looks across them.
         pools: per layer.
         maps: the same where all are plain and none will change; else None.
-        active: layers with any selected head.
+        active: layers in which any program is active.
     """
 
     programs: Sequence[Program]
@@ -53,7 +54,7 @@ class Stack:
             {name: list(table.unbind()) for name, table in parameters.items()},
             pools,
             maps if settled else None,
-            set(np.flatnonzero(heads.any((1, 2))).tolist()),
+            set(np.flatnonzero(np.any([program.active for program in programs], 0)).tolist()),
         )
 
     def changed_by(self, factors: Sequence[Tensor]) -> list[frozenset[int]]:
@@ -76,7 +77,7 @@ class Stack:
             tables[layer] = torch.from_numpy(np.stack(rows))
         self.pools[layer] = _stacked(self.programs, layer)
         self.active.discard(layer)
-        if heads.any():
+        if any(program.active[layer] for program in self.programs):
             self.active.add(layer)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from calibrators.interface import Calibrator
 from server.engine.batch import Member, row_map
 from server.engine.programs import Program
-from server.engine.ranks import Share, Union, alone
+from server.engine.ranks import Gather, Share, Union, alone
 from server.engine.rewrites import rewrite
 from server.engine.stack import Stack
 from server.engine.taps import Taps
@@ -24,7 +24,13 @@ from server.kernels.partials import AttentionGeometry, PagedCache, RowMap
 class MethodStep:
     """One method's share of a step."""
 
-    def __init__(self, batch: Sequence[Member], programs: Sequence[Program], stack: Stack) -> None:
+    def __init__(
+        self,
+        batch: Sequence[Member],
+        programs: Sequence[Program],
+        stack: Stack,
+        gather: Gather | None = None,
+    ) -> None:
         self.calibrator: Calibrator = programs[0].calibrator
         self.seconds = 0.0
         self._batch = batch
@@ -32,7 +38,8 @@ class MethodStep:
         self._stack = stack
         self._taps = Taps(batch, programs, stack)
         self._rows = row_map(batch, programs)
-        self._rewrite = rewrite(self.calibrator, stack, self._rows, _complete(batch, self._rows))
+        complete = _complete(batch, self._rows)
+        self._rewrite = rewrite(self.calibrator, stack, self._rows, complete, gather)
         self._computed: dict[frozenset[int], frozenset[int]] = {}
 
     def apply(
@@ -140,9 +147,14 @@ class StepPlan:
 
 
 class Planner:
-    """Builds step plans, and stacks tables anew only when the calibrated requests change."""
+    """Builds step plans, and stacks tables anew only when the calibrated requests change.
 
-    def __init__(self) -> None:
+    Args:
+        gather: brings the heads of all ranks together; None where this one has them all.
+    """
+
+    def __init__(self, gather: Gather | None = None) -> None:
+        self._gather = gather
         # The programs are held with their stack: identity is only meaningful while both live.
         self._stacks: dict[str, tuple[Sequence[Program], Stack]] = {}
 
@@ -156,10 +168,9 @@ class Planner:
                 for program in member.request.programs
                 if program.calibrator.name == name
             ]
-            programs = [program for _, program in pairs]
-            methods.append(
-                MethodStep([member for member, _ in pairs], programs, self._stack(name, programs))
-            )
+            members, programs = [member for member, _ in pairs], [program for _, program in pairs]
+            stack = self._stack(name, programs)
+            methods.append(MethodStep(members, programs, stack, self._gather))
         return StepPlan(batch, methods)
 
     def _stack(self, name: str, programs: Sequence[Program]) -> Stack:

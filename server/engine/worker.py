@@ -20,7 +20,7 @@ from server.engine.cpu_attention import unreadable
 from server.engine.facts import calibrators_of, model_facts
 from server.engine.payload import Report
 from server.engine.programs import HeadShard
-from server.engine.ranks import across
+from server.engine.ranks import across, heads_across
 from server.engine.requests import RequestTable
 from server.kernels import cpu as kernels
 
@@ -44,11 +44,15 @@ class CalibratedCPUWorker(CPUWorker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Set up the KV cache as vLLM does, then wire calibration to builders and layers."""
         super().initialize_from_config(kv_cache_config)
-        self._attach_layers()
+        facts, ranks = model_facts(self.vllm_config), get_tp_group()
+        local = facts.query_heads // ranks.world_size
+        shard = HeadShard(ranks.rank_in_group * local, (ranks.rank_in_group + 1) * local)
+        self._attach_layers(local)
         self.calibration = StepContext(
-            self._request_table(),
+            RequestTable(registry.load(calibrators_of(self.vllm_config)), facts, shard),
             lambda: self.model_runner.input_batch.req_ids,
-            across(get_tp_group()),
+            across(ranks),
+            heads_across(ranks),
         )
         for groups in self.model_runner.attn_groups:
             for group in groups:
@@ -78,28 +82,19 @@ class CalibratedCPUWorker(CPUWorker):
             self._reports = MappingProxyType({})
         return output
 
-    def _attach_layers(self) -> None:
+    def _attach_layers(self, query_heads: int) -> None:
         layers = get_layers_from_vllm_config(self.vllm_config, Attention)
         for name, layer in layers.items():
             if layer.attn_type != "decoder":
                 continue
             reason = unreadable(layer)
+            if layer.num_heads != query_heads:
+                reason = f"a rank has {layer.num_heads} of its query heads, not {query_heads}"
             if reason is not None:
                 raise CalibrationUnavailable(f"layer {name} cannot be calibrated: {reason}")
             layer.impl.calibrate_as(extract_layer_index(name))
             if layer.impl.layer_index == 0:
                 _compile(layer)
-
-    def _request_table(self) -> RequestTable:
-        facts = model_facts(self.vllm_config)
-        group = get_tp_group()
-        local = facts.query_heads // group.world_size
-        start = group.rank_in_group * local
-        return RequestTable(
-            registry.load(calibrators_of(self.vllm_config)),
-            facts,
-            HeadShard(start, start + local),
-        )
 
 
 def _compile(layer: Any) -> None:  # noqa: ANN401 - vLLM's Attention module

@@ -112,19 +112,18 @@ class Attention:
         """Mass and value sum of each pool, zero on heads that are not selected."""
         rows, query_heads, head_dim = self._shape
         pools = PoolTable.of(pools, query_heads) if isinstance(pools, PoolMap) else pools
-        mass = torch.empty(rows, query_heads, pools.pools)
-        value = torch.empty(rows, query_heads, pools.pools, head_dim)
+        found = Partials.empty(pools, rows, query_heads, head_dim)
         if pools.pools == 0:
-            return Partials(mass, value)
+            return found
         _run(
             cpu_partials.serial,
             cpu_partials.parallel,
             *self._given(pools),
             self.log_sum_exp.numpy(),
-            mass.numpy(),
-            value.numpy(),
+            found.mass.numpy(),
+            found.value.numpy(),
         )
-        return Partials(mass, value)
+        return found
 
     def rescale(
         self, output: Tensor, pools: PoolMap, factor: Tensor, computed: Tensor, changes: Changes
@@ -165,7 +164,9 @@ def combine(
     factors: Tensor,
     rest: Tensor,
 ) -> Tensor:
-    """Rewrite rows in place: `O' = sum_g c_g U_g + c_rest (O - sum_g U_g)`, in float32.
+    """Rewrite rows in place, in float32.
+
+    `O' = sum_g c_g U_g + sum_g d_g W_g + c_rest (O - sum_g U_g)`.
 
     Returns bool `[rows]`: False where a result was not finite; such a head keeps its stock output.
 
@@ -174,7 +175,7 @@ def combine(
         rows: which rows.
         heads: bool `[rows, query_heads]`; others keep every bit.
         partials: pools of the same rows.
-        factors: float32 `[rows, query_heads, pools]`, `c_g`.
+        factors: float32 `[rows, query_heads, columns]`, `c_g`, and `d_g` for weighted columns.
         rest: float32 `[rows, query_heads]`, `c_rest`.
     """
     finite = torch.ones(len(rows.token), dtype=torch.bool)
@@ -187,6 +188,7 @@ def combine(
         partials.value.numpy(),
         factors.numpy(),
         rest.numpy(),
+        partials.pools,
         finite.numpy(),
     )
     return finite

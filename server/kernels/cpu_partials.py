@@ -14,13 +14,14 @@ from server.kernels.partials import TILE
 
 
 @njit(inline="always")
-def _found_in(limit, head_dim):
-    """Buffers: `(log-sum-exp, mass, probability, value sum)` of each query, a key and its value."""
+def _found_in(limit, head_dim, sides):
+    """Buffers: `(log-sum-exp, probability)` of each query, `(mass, value sum)` of each side and
+    query, a key and its value. The sides of a pool are without and with weights."""
     return (
         np.empty(limit, np.float32),
         np.empty(limit, np.float32),
-        np.empty(limit, np.float32),
-        np.empty((limit, head_dim), np.float32),
+        np.empty((sides, limit), np.float32),
+        np.empty((sides, limit, head_dim), np.float32),
         np.empty(head_dim, np.float32),
         np.empty(head_dim, np.float32),
     )
@@ -29,7 +30,7 @@ def _found_in(limit, head_dim):
 @njit(inline="always")
 def _probabilities(queries, seen, count, key, numbers, above, found):
     """Probability of a key for each query, 0 where it does not count; whether it does anywhere."""
-    lse, _, probability, _, k, _ = found
+    lse, probability, _, _, k, _ = found
     scale, cap, _ = numbers
     positions, first, slopes = seen[2:5]
     some = False
@@ -49,16 +50,17 @@ def _probabilities(queries, seen, count, key, numbers, above, found):
 
 @njit(inline="always")
 def _measure(queries, seen, count, pages, table, kv, pool, numbers, found):
-    """Mass and value sum of a pool for each query; `pool` is `(keys, span, above)`."""
-    keys, span, above = pool
+    """Mass and value sum of a pool for each query; `pool` is `(keys, weights, span, above)`."""
+    keys, weights, span, above = pool
     positions, first = seen[2:4]
-    _, mass, probability, value, k, v = found
+    _, probability, mass, value, k, v = found
     head_dim = v.shape[0]
     block = pages.shape[3] // head_dim
-    for i in range(count):
-        mass[i] = 0
-        for d in range(head_dim):
-            value[i, d] = 0
+    for side in range(mass.shape[0]):
+        for i in range(count):
+            mass[side, i] = 0
+            for d in range(head_dim):
+                value[side, i, d] = 0
     start, stop = max(span[0], first[0]), min(span[1], positions[count - 1] + 1)
     within = max(stop - start, 0)
     for n in range(within + keys.shape[0]):
@@ -72,9 +74,17 @@ def _measure(queries, seen, count, pages, table, kv, pool, numbers, found):
         for d in range(head_dim):
             v[d] = widen(pages[page, kv, 1, j * head_dim + d])
         for i in range(count):
-            mass[i] += probability[i]
+            mass[0, i] += probability[i]
             for d in range(head_dim):
-                value[i, d] += probability[i] * v[d]
+                value[0, i, d] += probability[i] * v[d]
+        weight = weights[n - within] if n >= within and weights.shape[0] else np.float32(0)
+        if weight == 0:
+            continue
+        for i in range(count):
+            p = weight * probability[i]
+            mass[1, i] += p
+            for d in range(head_dim):
+                value[1, i, d] += p * v[d]
 
 
 @njit(inline="always")
@@ -97,11 +107,12 @@ def _edges(begin, end, position, prompt, edges):
 def serial(task, tasks, query, stride, pages, block_table, rows, pools, heads, model, lse, m, u):
     """Every `tasks`-th pair of a tile and a KV head from `task` on; see `parallel`."""
     request, slot, position, tiles = rows[1:]
-    keys, offsets, spans, above, sets, prompts = pools
-    kv_heads, head_dim = pages.shape[1], u.shape[3]
+    keys, offsets, weights, spans, above, sets, prompts = pools
+    kv_heads, head_dim, columns = pages.shape[1], u.shape[3], offsets.shape[1] - 1
     group = lse.shape[1] // kv_heads
     queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group, 0)
-    found = _found_in(TILE * group, head_dim)
+    sides = m.shape[2] // columns
+    found = _found_in(TILE * group, head_dim, sides)
     every, edges = np.empty(group, np.int64), np.empty(3, np.int64)
     for index in range(task, (tiles.shape[0] - 1) * kv_heads, tasks):
         kv, at, end = index % kv_heads, tiles[index // kv_heads], tiles[index // kv_heads + 1]
@@ -120,13 +131,15 @@ def serial(task, tasks, query, stride, pages, block_table, rows, pools, heads, m
                 )
                 for i in range(count):
                     found[0][i] = lse[begin + i // part.shape[0], part[i % part.shape[0]]]
-                for g in range(offsets.shape[1] - 1):
-                    pool = keys[offsets[n, g] : offsets[n, g + 1]], spans[n, g], above[n, g]
+                for g in range(columns):
+                    a, b = offsets[n, g], offsets[n, g + 1]
+                    pool = keys[a:b], weights[a:b], spans[n, g], above[n, g]
                     _measure(queries, seen, count, pages, table, kv, pool, model[0], found)
-                    for i in range(count):
-                        r, h = begin + i // part.shape[0], part[i % part.shape[0]]
-                        m[r, h, g] = found[1][i]
-                        u[r, h, g] = found[3][i]
+                    for side in range(sides):
+                        for i in range(count):
+                            r, h = begin + i // part.shape[0], part[i % part.shape[0]]
+                            m[r, h, side * columns + g] = found[2][side, i]
+                            u[r, h, side * columns + g] = found[3][side, i]
 
 
 @njit(parallel=True, cache=True)
@@ -136,8 +149,8 @@ def parallel(
     """Fill every element of `mass` and `value`, with so many threads.
 
     `query` is flat, tokens `stride` apart; `rows` is `(token, request, slot, position, tiles)`;
-    `pools` is `(keys, offsets, spans, above, sets, prompts)`; `model` is `((scale, soft cap,
-    window), slopes, sinks)`.
+    `pools` is `(keys, offsets, weights, spans, above, sets, prompts)`; `model` is `((scale, soft
+    cap, window), slopes, sinks)`.
     """
     numbers, alibi, sinks = model
     for thread in prange(threads):

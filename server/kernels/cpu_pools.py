@@ -62,7 +62,7 @@ def measure(queries, seen, count, pages, table, kv, keys, numbers, found):
 
 
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
-def combine_serial(task, tasks, output, token, heads, value, factors, rest, finite):
+def combine_serial(task, tasks, output, token, heads, value, factors, rest, pools, finite):
     """Every `tasks`-th row from `task` on; see `combine_parallel`."""
     x = np.empty(output.shape[2], np.float32)
     for r in range(task, token.shape[0], tasks):
@@ -73,7 +73,7 @@ def combine_serial(task, tasks, output, token, heads, value, factors, rest, fini
             for d in range(row.shape[0]):
                 x[d] = rest[r, h] * widen(row[d])
             for g in range(value.shape[2]):
-                factor = factors[r, h, g] - rest[r, h]
+                factor = factors[r, h, g] - (rest[r, h] if g < pools else np.float32(0))
                 for d in range(row.shape[0]):
                     x[d] += factor * value[r, h, g, d]
             for d in range(row.shape[0]):
@@ -85,10 +85,11 @@ def combine_serial(task, tasks, output, token, heads, value, factors, rest, fini
 
 
 @njit(parallel=True, cache=True)
-def combine_parallel(threads, output, token, heads, value, factors, rest, finite):
-    """`O' = c_rest O + sum_g (c_g - c_rest) U_g` on the selected heads, in place.
+def combine_parallel(threads, output, token, heads, value, factors, rest, pools, finite):
+    """`O' = c_rest O + sum_g (c_g - c_rest) U_g + sum_g d_g W_g` on the selected heads, in place.
 
-    A result that is not finite is not written, and clears the row's flag in `finite`.
+    Columns from `pools` on are weighted. A result that is not finite is not written, and clears the
+    row's flag in `finite`.
     """
     for thread in prange(threads):
-        combine_serial(thread, threads, output, token, heads, value, factors, rest, finite)
+        combine_serial(thread, threads, output, token, heads, value, factors, rest, pools, finite)

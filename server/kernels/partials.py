@@ -127,6 +127,7 @@ class PoolTable:
         above: float32 `[sets, pools, 2]`; (-1, 0) for every key.
         sets: int32 `[slots, 2, query_heads]`, the set of prompt rows and of generated rows.
         prompts: int32 `[slots]`, the position of the first generated row.
+        weights: float32 `[entries]`, of the listed keys, finite; None where no pool has any.
     """
 
     listed: PoolMap
@@ -134,6 +135,7 @@ class PoolTable:
     above: Tensor
     sets: Tensor
     prompts: Tensor
+    weights: Tensor | None = None
 
     @classmethod
     def of(cls, pools: PoolMap, query_heads: int) -> PoolTable:
@@ -155,8 +157,9 @@ class PoolTable:
 
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """Keys, offsets and the other fields in order, as views for the CPU."""
-        fields = (self.spans, self.above, self.sets, self.prompts)
+        """Keys, offsets, weights and the other fields in order, as views for the CPU."""
+        weights = torch.empty(0) if self.weights is None else self.weights
+        fields = (weights, self.spans, self.above, self.sets, self.prompts)
         return *self.listed.arrays, *(field.numpy() for field in fields)
 
 
@@ -164,13 +167,27 @@ class PoolTable:
 class Partials:
     """Measured pools; zero on heads that are not selected.
 
+    There is a column per pool. Where any pool has weights, each has one more behind these.
+
     Attributes:
-        mass: float32 `[rows, query_heads, pools]`, `m_g = sum p_j`, in [0, 1].
-        value: float32 `[rows, query_heads, pools, head_dim]`, `U_g = sum p_j v_j`.
+        pools: number of pools.
+        mass: float32 `[rows, query_heads, columns]`, `m_g = sum p_j`, in [0, 1]; `sum w_j p_j`,
+            zero for a pool without weights.
+        value: float32 `[rows, query_heads, columns, head_dim]`, `U_g = sum p_j v_j`;
+            `W_g = sum w_j p_j v_j`.
     """
 
+    pools: int
     mass: Tensor
     value: Tensor
+
+    @classmethod
+    def empty(cls, pools: PoolMap | PoolTable, rows: int, query_heads: int, dim: int) -> Partials:
+        """Room for what is to be measured of `pools`."""
+        weighted = isinstance(pools, PoolTable) and pools.weights is not None
+        columns = pools.pools * (2 if weighted else 1)
+        mass = torch.empty(rows, query_heads, columns)
+        return cls(pools.pools, mass, torch.empty(rows, query_heads, columns, dim))
 
 
 @dataclass(frozen=True)

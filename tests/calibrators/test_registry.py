@@ -4,6 +4,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from calibrators import registry
+from calibrators.capabilities import across_heads
 from calibrators.registry import BUILT_IN, GROUP, Registry, RegistryError
 from calibrators.settings import CalibrationSettings
 from calibrators.zerotuning import ZeroTuning
@@ -68,6 +69,17 @@ def test_what_is_missing_is_listed(make_calibrator):
 def test_names_are_plain_words(make_calibrator, name):
     with pytest.raises(RegistryError, match="must match"):
         Registry([make_calibrator(name)])
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_looking_across_heads_may_be_declared(make_calibrator, declared):
+    assert across_heads(Registry([make_calibrator(across_heads=declared)])["scale"]) is declared
+
+
+@pytest.mark.parametrize("declared", [None, 1, "no", lambda self: True])
+def test_it_is_declared_clearly(make_calibrator, declared):
+    with pytest.raises(RegistryError, match=r"Fake\.across_heads must be True or False"):
+        Registry([make_calibrator(across_heads=declared)])
 
 
 @pytest.mark.parametrize("settings", [Relaxed, Coercing, Infinite])

@@ -21,7 +21,7 @@ from server.engine.reports import listen
 from server.engine.startup import SCHEDULER, WORKER
 from tests.fixtures.llama import VOCABULARY
 
-CALIBRATORS = ("zerotuning", "faulty")
+CALIBRATORS = ("zerotuning", "faulty", "coupled")
 NEW_TOKENS = 8
 
 # By name: prompt length and calibration. Of two ranks the first has heads 0 to 3.
@@ -42,6 +42,18 @@ FAULTS: dict[str, tuple[int, dict[str, Any]]] = {
     "nonsense on the first rank": (50, {"method": "faulty", "gamma": 2.0, "heads": [2]}),
     "nonsense on the second rank": (50, {"method": "faulty", "gamma": 2.0, "heads": [5]}),
     "raises on the second rank": (50, {"method": "faulty", "gamma": 99.0, "heads": [7]}),
+    # Of several ranks the others would wait for the last one's masses.
+    "coupled, has no plan on the last rank": (50, {"method": "coupled", "gamma": 99.0}),
+    "coupled, raises on the last rank": (50, {"method": "coupled", "gamma": 98.0}),
+}
+# Each head's coefficients depend on all selected heads of the layer.
+COUPLED: dict[str, tuple[int, dict[str, Any]]] = {
+    "coupled": (150, {"method": "coupled", "gamma": 3.0}),
+    "coupled, first rank": (80, {"method": "coupled", "gamma": 5.0, "heads": [0, 2]}),
+    "coupled, both ranks by layer": (
+        60,
+        {"method": "coupled", "gamma": 4.0, "heads": {"0": [1, 6], "2": [7], "3": [3, 4, 5]}},
+    ),
 }
 
 
@@ -68,7 +80,7 @@ def request(
 def generate(llm: LLM, batch: dict[str, Any], reports: dict[str, Report]) -> dict[str, Any]:
     """Results of a batch by name; all its requests are queued before the first step."""
     facts = model_facts(llm.llm_engine.vllm_config)
-    seeds = {name: seed for seed, name in enumerate({**REQUESTS, **FAULTS})}
+    seeds = {name: seed for seed, name in enumerate({**REQUESTS, **FAULTS, **COUPLED})}
     pairs = [
         request(name, seeds[name], length, calibration, facts)
         for name, (length, calibration) in batch.items()
@@ -82,10 +94,15 @@ def generate(llm: LLM, batch: dict[str, Any], reports: dict[str, Report]) -> dic
                 entry.logprob for step in output.outputs[0].logprobs for entry in step.values()
             ],
             "cached": output.num_cached_tokens,
-            "tally": asdict(reports[name].tallies[0]) if name in reports else None,
+            "tally": _tally(reports.get(name)),
         }
         for name, output in zip(batch, outputs, strict=True)
     }
+
+
+def _tally(report: Report | None) -> dict[str, Any] | None:
+    """None without calibration, and where it failed before it began."""
+    return asdict(report.tallies[0]) if report is not None and report.tallies else None
 
 
 def run(ranks: int, model: str) -> dict[str, Any]:
@@ -105,9 +122,10 @@ def run(ranks: int, model: str) -> dict[str, Any]:
     )
     reports: dict[str, Report] = {}
     listen(llm.llm_engine, lambda report, _: reports.update({report.ticket: report}))
-    plain = {name: (length, None) for name, (length, _) in REQUESTS.items()}
+    plain = {name: (length, None) for name, (length, _) in {**REQUESTS, **COUPLED}.items()}
     neighbours = {name: REQUESTS[name] for name in ("mild", "second rank")}
     batches = {"plain": plain, "calibrated": REQUESTS, "again": REQUESTS}
+    batches |= {"coupled": {**COUPLED, **neighbours}, "coupled again": COUPLED}
     batches |= {f"beside {name}": {name: fault, **neighbours} for name, fault in FAULTS.items()}
     results = {name: generate(llm, batch, reports) for name, batch in batches.items()}
     llm.llm_engine.engine_core.shutdown()

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.fixtures import llama
-from tests.integration import faulty
+from tests.integration import coupled, faulty
 from tests.integration.oracle import Oracle
-from tests.integration.sharded import FAULTS, REQUESTS, prompt
+from tests.integration.sharded import COUPLED, FAULTS, REQUESTS, prompt
 
 SECONDS = 300
 # Summation in another order; the plain requests of the same prompts tell how much it does.
@@ -25,6 +25,7 @@ MARGIN = 4
 def run(ranks: int, folder: Path, *models: Path) -> Any:
     """Results by model; each rank has a core of its own, which vLLM leaves to the caller."""
     out = folder / f"{ranks}.json"
+    plugins = coupled.install(folder) | faulty.install(folder)
     cores = sorted(os.sched_getaffinity(0))
     binding = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
     finished = subprocess.run(
@@ -40,7 +41,7 @@ def run(ranks: int, folder: Path, *models: Path) -> Any:
         text=True,
         timeout=SECONDS,
         cwd=Path(__file__).parents[2],
-        env={**os.environ, **faulty.install(folder), "VLLM_CPU_OMP_THREADS_BIND": binding},
+        env={**os.environ, **plugins, "VLLM_CPU_OMP_THREADS_BIND": binding},
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     return json.loads(out.read_text())
@@ -93,6 +94,21 @@ def test_receipts_agree(one, two, batch):
         assert double["completion_tokens"] == single["completion_tokens"], name
         assert double["count"] == single["count"], name
         assert double["sums"] == pytest.approx(single["sums"], rel=1e-3), name
+
+
+@pytest.mark.parametrize("batch", ["coupled", "coupled again"])
+def test_methods_that_look_across_heads_agree(one, two, batch):
+    results = two["divided"]
+    band = max(deviation(one["plain"][name], results["plain"][name]) for name in COUPLED)
+    for name, (length, _) in COUPLED.items():
+        single, double = one[batch][name], results[batch][name]
+        assert double["tokens"] == single["tokens"], name
+        assert deviation(single, double) <= MARGIN * band, name
+        assert deviation(double, results["plain"][name]) > 100 * band, name
+        tally, expected = double["tally"], single["tally"]
+        assert tally["prompt_tokens"] == length, name
+        assert tally["count"] == expected["count"] > 0, name
+        assert tally["sums"] == pytest.approx(expected["sums"], rel=1e-3), name
 
 
 def test_a_failure_on_either_rank_fails_its_request_alone(one, two):

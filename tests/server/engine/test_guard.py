@@ -56,6 +56,7 @@ def test_attempt_returns_or_gives_none(caplog):
         LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS, above=Threshold(0.1)),)),
         LayerPlan(HEADS, PLAN.parameters, (Pool(Span(1, 10**12)),)),
         LayerPlan(HEADS, PLAN.parameters, (Pool([KEYS] * 6),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS, np.ones(1, np.float32)),)),
         LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS),), generated_pools=(Pool(KEYS),)),
         LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS),), statistics={"sinks": 1.0}),
     ],
@@ -73,7 +74,9 @@ def test_a_plan_the_engine_can_do(plan):
         LayerPlan(HEADS[:5], PLAN.parameters, PLAN.pools),
         LayerPlan(HEADS, {"gamma": np.ones(7, np.float32)}, PLAN.pools),
         LayerPlan(HEADS, PLAN.parameters, ()),
-        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS, np.ones(1, np.float32)),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS, np.full(1, np.nan, np.float32)),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS, np.ones(2, np.float32)),)),
+        LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS, [np.ones(1, np.float32)] * 5),)),
         LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS - 1),)),
         LayerPlan(HEADS, PLAN.parameters, (Pool(KEYS[None]),)),
         LayerPlan(HEADS, PLAN.parameters, (Pool(np.array([3, 1], np.int32)),)),
@@ -120,6 +123,8 @@ class Raising(ZeroTuning):
         misshapen(scale=torch.ones(2, 6)),
         misshapen(statistics={"mean": torch.ones(4, 2)}),
         misshapen(rest=None),
+        misshapen(pools=None),
+        misshapen(weighted=torch.ones(4, 6, 1)),
     ],
 )
 def test_coefficients_that_raise_or_do_not_fit_fail_their_requests(calibrator):

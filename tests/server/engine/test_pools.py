@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -86,7 +84,61 @@ def test_types_of_the_table():
     assert described(table, 0, 0, 0, 1) == ([7], NONE, EVERY)
 
 
-def test_weights_are_not_carried_out():
-    weighted = replace(Pool(keys(1)), weights=np.ones(1, np.float32))
-    with pytest.raises(NotImplementedError):
-        layer(weighted)
+def weights(*numbers):
+    return np.array(numbers, np.float64)
+
+
+def weights_of(table, slot, half, head, pool=0):
+    index = table.sets[slot, half, head]
+    start, stop = table.listed.offsets[index, pool : pool + 2]
+    return table.weights[start:stop].tolist()
+
+
+def test_weights_lie_beside_their_keys():
+    weighted = layer(Pool(keys(1, 4), weights(2, 0.5)), Pool(keys(7)))
+    neighbour = layer(
+        Pool(keys(5)), Pool(keys(0, 3), weights(-1, 3)), generated=(Pool(keys()),) * 2
+    )
+    table = stacked([weighted, neighbour, LayerPools.none(2)], [8, 8, 8], 3)
+    assert str(table.weights.dtype) == "torch.float32"
+    assert [weights_of(table, 0, 0, 2, pool) for pool in (0, 1)] == [[2, 0.5], [0]]
+    assert [weights_of(table, 1, 0, 0, pool) for pool in (0, 1)] == [[0], [-1, 3]]
+    assert weights_of(table, 1, 1, 0, 1) == weights_of(table, 2, 0, 0) == []
+    # One set for all heads is enough.
+    assert len(table.spans) == 6
+
+
+def test_weights_by_head_beside_keys_for_all():
+    pool = Pool(keys(1, 4), [weights(1, 2), weights(3, 4), weights(5, 6)])
+    table = stacked([layer(pool, own=slice(1, 3))], [8], 2)
+    assert [weights_of(table, 0, 0, head) for head in range(2)] == [[3, 4], [5, 6]]
+    assert [described(table, 0, 0, head)[0] for head in range(2)] == [[1, 4]] * 2
+
+
+def test_without_weights_there_is_no_table_of_them():
+    table = stacked([layer(Pool(Span(0, 4)))], [8], 3)
+    assert table.weights is None
+    assert table.arrays[2].size == 0
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        Pool(keys(1), weights()),
+        Pool(keys(1), weights(1, 2)),
+        Pool(keys(1), weights(1)[None]),
+        Pool(keys(1), weights(np.nan)),
+        Pool(keys(1), weights(np.inf)),
+        Pool(keys(1), weights(1e39)),
+        Pool(Span(0, 1), weights(1)),
+        Pool([keys(1)] * 3, weights(1)),
+        Pool([keys(1)] * 3, [weights(1)] * 2),
+        Pool([keys(1), keys(), keys(2)], [weights(1)] * 3),
+        Pool(keys(1), [weights(1)] * 4),
+        Pool(keys(1), [weights(1), weights(1), weights(1, 2)]),
+    ],
+    ids=str,
+)
+def test_weights_that_are_not_finite_or_do_not_fit_are_refused(pool):
+    with pytest.raises(ValueError, match="weights"):
+        layer(pool)

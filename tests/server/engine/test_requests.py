@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibrators.interface import LayerPlan, Pool, Prompt, Rows, Span
+from calibrators.interface import Bound, LayerPlan, Pool, Prompt, Rows, Span
 from server.engine.programs import HeadShard
 from server.engine.requests import positions
 
@@ -96,6 +96,11 @@ def test_a_layer_left_alone_has_no_heads_pools_or_parameters(
     assert program.heads.any(1).tolist() == [False, True, False]
     assert program.parameters["weight"].tolist() == [[0] * 6, [2] * 6, [0] * 6]
     assert [pools.prompt[0].keys.tolist() for pools in program.pools] == [[], [1, 7], []]
+
+
+def test_a_method_that_this_worker_does_not_know_fails_its_request(table, extra_args):
+    table.add("a", extra_args(Bound("unheard-of", {}, 1, 1)), Prompt(8), 0)
+    assert (table.get("a").failed, table.get("a").programs) == (True, [])
 
 
 def test_a_reused_id_starts_anew(table, add):
