@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from calibrators.interface import Calibrator
+from pydantic import ValidationError
+
+from calibrators.interface import CalibrationError, Calibrator, ModelFacts
 
 
-def entry(calibrator: Calibrator) -> dict[str, Any]:
-    """A calibrator as `GET /v1/calibrators` shows it, without what depends on the model."""
+def entry(calibrator: Calibrator, facts: ModelFacts) -> dict[str, Any]:
+    """A calibrator as `GET /v1/calibrators` shows it, without whether it is available."""
     return {
         "id": calibrator.name,
         "object": "calibrator",
@@ -17,8 +19,16 @@ def entry(calibrator: Calibrator) -> dict[str, Any]:
         "modality": calibrator.modality,
         "causal": calibrator.causal,
         "params_schema": calibrator.Settings.model_json_schema(),
-        "defaults": defaults(calibrator),
+        "defaults": defaults(calibrator) | _resolved(calibrator, facts),
     }
+
+
+def _resolved(calibrator: Calibrator, facts: ModelFacts) -> dict[str, Any]:
+    """What a request without parameters would get; empty where it would be refused."""
+    try:
+        return dict(calibrator.bind(calibrator.Settings.model_validate({}), facts).params)
+    except (ValidationError, CalibrationError):
+        return {}
 
 
 def defaults(calibrator: Calibrator) -> dict[str, Any]:
@@ -45,7 +55,9 @@ def _paragraph(calibrator: Calibrator) -> str:
         if name == "method":
             continue
         default = defaults(calibrator).get(name)
-        shown = "required" if default is None else f"default {default}"
+        shown = (
+            "required" if field.is_required() else "" if default is None else f"default {default}"
+        )
         description = " ".join((field.description or "").split())
         lines.append(f"  {name:<10} {shown:<14} {description}")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from calibrators.act import ACT
 from calibrators.settings import CalibrationSettings
 from calibrators.zerotuning import ZeroTuning
 from server import catalogue
@@ -23,8 +24,8 @@ def sample(make_calibrator):
     return make_calibrator("sample", title="Sample", Settings=Settings)
 
 
-def test_an_entry_is_json_and_describes_the_method():
-    entry = catalogue.entry(ZeroTuning())
+def test_an_entry_is_json_and_describes_the_method(make_facts):
+    entry = catalogue.entry(ZeroTuning(), make_facts())
     assert json.loads(json.dumps(entry)) == entry
     expected = {"id": "zerotuning", "object": "calibrator", "modality": "text", "causal": True}
     assert expected.items() <= entry.items()
@@ -32,8 +33,8 @@ def test_an_entry_is_json_and_describes_the_method():
     assert entry["defaults"] == {"gamma": None, "layers": "all", "heads": "all"}
 
 
-def test_the_schema_carries_ranges_descriptions_and_strictness():
-    schema = catalogue.entry(ZeroTuning())["params_schema"]
+def test_the_schema_carries_ranges_descriptions_and_strictness(make_facts):
+    schema = catalogue.entry(ZeroTuning(), make_facts())["params_schema"]
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == {"method", "gamma", "layers", "heads"}
     gamma = schema["properties"]["gamma"]
@@ -42,13 +43,27 @@ def test_the_schema_carries_ranges_descriptions_and_strictness():
     assert (number["exclusiveMinimum"], number["maximum"]) == (0, 100)
 
 
+def test_defaults_are_resolved_for_the_model(make_facts, sample):
+    assert catalogue.entry(ACT(), make_facts(layers=5))["defaults"] == {
+        "beta": 0.4,
+        "alpha": 5.0,
+        "threshold": None,
+        "layers": [2, 3, 4],
+        "heads": "all",
+        "decode": "frozen",
+    }
+    # Where a request has to say more, what its other parameters would be.
+    assert catalogue.entry(ACT(), make_facts(layers=2))["defaults"]["layers"] is None
+    assert catalogue.entry(sample, make_facts())["defaults"] == {"spread": 0.25, "marks": [1, 2]}
+
+
 def test_defaults_leave_out_the_method_and_what_is_required(sample):
     assert catalogue.defaults(sample) == {"spread": 0.25, "marks": [1, 2]}
 
 
 def test_the_table_has_a_line_for_each_parameter(sample):
-    table = catalogue.table([ZeroTuning(), sample])
-    first, second = table.split("\n\n")
+    table = catalogue.table([ZeroTuning(), sample, ACT()])
+    first, second, third = table.split("\n\n")
     assert first.startswith("zerotuning  ZeroTuning, text\n  paper: https://arxiv.org/abs/")
     lines = second.splitlines()
     assert lines[0] == "sample  Sample, text"
@@ -56,6 +71,8 @@ def test_the_table_has_a_line_for_each_parameter(sample):
     assert [row[0] for row in rows] == ["level", "spread", "marks"]
     assert rows[0][1:] == ["required", "How much of it."]
     assert lines[3].split()[1:3] == ["default", "0.25"]
+    threshold = next(line for line in third.splitlines() if line.startswith("  threshold"))
+    assert threshold.split()[1:3] == ["Mean", "attention"]
 
 
 def test_an_empty_table():
