@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import ValidationError
-
-from calibrators.interface import CalibrationError, Calibrator, ModelFacts
+from calibrators.interface import Bound, Calibrator
 
 
-def entry(calibrator: Calibrator, facts: ModelFacts) -> dict[str, Any]:
-    """A calibrator as `GET /v1/calibrators` shows it, without whether it is available."""
+def entry(calibrator: Calibrator, usual: Bound | None) -> dict[str, Any]:
+    """A calibrator as `GET /v1/calibrators` shows it, without whether it is available.
+
+    Args:
+        calibrator: to describe.
+        usual: what a request without parameters would get, None where it would be refused.
+    """
+    resolved = {} if usual is None else dict(usual.params)
     return {
         "id": calibrator.name,
         "object": "calibrator",
@@ -19,16 +23,8 @@ def entry(calibrator: Calibrator, facts: ModelFacts) -> dict[str, Any]:
         "modality": calibrator.modality,
         "causal": calibrator.causal,
         "params_schema": calibrator.Settings.model_json_schema(),
-        "defaults": defaults(calibrator) | _resolved(calibrator, facts),
+        "defaults": defaults(calibrator) | resolved,
     }
-
-
-def _resolved(calibrator: Calibrator, facts: ModelFacts) -> dict[str, Any]:
-    """What a request without parameters would get; empty where it would be refused."""
-    try:
-        return dict(calibrator.bind(calibrator.Settings.model_validate({}), facts).params)
-    except (ValidationError, CalibrationError):
-        return {}
 
 
 def defaults(calibrator: Calibrator) -> dict[str, Any]:

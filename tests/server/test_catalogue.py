@@ -24,8 +24,8 @@ def sample(make_calibrator):
     return make_calibrator("sample", title="Sample", Settings=Settings)
 
 
-def test_an_entry_is_json_and_describes_the_method(make_facts):
-    entry = catalogue.entry(ZeroTuning(), make_facts())
+def test_an_entry_is_json_and_describes_the_method():
+    entry = catalogue.entry(ZeroTuning(), None)
     assert json.loads(json.dumps(entry)) == entry
     expected = {"id": "zerotuning", "object": "calibrator", "modality": "text", "causal": True}
     assert expected.items() <= entry.items()
@@ -33,8 +33,8 @@ def test_an_entry_is_json_and_describes_the_method(make_facts):
     assert entry["defaults"] == {"gamma": None, "layers": "all", "heads": "all"}
 
 
-def test_the_schema_carries_ranges_descriptions_and_strictness(make_facts):
-    schema = catalogue.entry(ZeroTuning(), make_facts())["params_schema"]
+def test_the_schema_carries_ranges_descriptions_and_strictness():
+    schema = catalogue.entry(ZeroTuning(), None)["params_schema"]
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == {"method", "gamma", "layers", "heads"}
     gamma = schema["properties"]["gamma"]
@@ -44,7 +44,9 @@ def test_the_schema_carries_ranges_descriptions_and_strictness(make_facts):
 
 
 def test_defaults_are_resolved_for_the_model(make_facts, sample):
-    assert catalogue.entry(ACT(), make_facts(layers=5))["defaults"] == {
+    act = ACT()
+    usual = act.bind(act.Settings(), make_facts(layers=5))
+    assert catalogue.entry(act, usual)["defaults"] == {
         "beta": 0.4,
         "alpha": 5.0,
         "threshold": None,
@@ -52,9 +54,8 @@ def test_defaults_are_resolved_for_the_model(make_facts, sample):
         "heads": "all",
         "decode": "frozen",
     }
-    # Where a request has to say more, what its other parameters would be.
-    assert catalogue.entry(ACT(), make_facts(layers=2))["defaults"]["layers"] is None
-    assert catalogue.entry(sample, make_facts())["defaults"] == {"spread": 0.25, "marks": [1, 2]}
+    assert catalogue.entry(act, None)["defaults"]["layers"] is None
+    assert catalogue.entry(sample, None)["defaults"] == {"spread": 0.25, "marks": [1, 2]}
 
 
 def test_defaults_leave_out_the_method_and_what_is_required(sample):
