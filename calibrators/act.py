@@ -131,10 +131,10 @@ class ACT:
         return Prefill.WHOLE
 
     def observe(self, bound: Bound) -> tuple[Observation, ...]:
-        """Column means of the selected layers."""
+        """Column means of the selected layers and heads."""
         layers = bound.params["layers"]
         chosen = cast("list[int]", layers) if isinstance(layers, list) else range(bound.layers)
-        return tuple(ColumnMeans(layer) for layer in chosen)
+        return tuple(_means(bound, layer) for layer in chosen)
 
     def rows(self, bound: Bound, prompt: Prompt) -> Rows:  # noqa: ARG002
         """Every row of the prompt, and generated ones unless `decode` is "off"."""
@@ -154,7 +154,7 @@ class ACT:
         heads = np.zeros(facts.query_heads, np.bool_)
         heads[chosen] = True
         theta = np.float64(_theta(bound, prompt.length))
-        sinks: BoolArray = (observed[ColumnMeans(layer)] > theta) & heads[:, None]
+        sinks: BoolArray = (observed[_means(bound, layer)] > theta) & heads[:, None]
         sinks[:, 0] = False
         generated = _per_row(bound, facts)
         return LayerPlan(
@@ -191,6 +191,13 @@ def _layers(settings: ACTSettings, facts: ModelFacts) -> Layers:
             f"name some of 0 to {facts.layers - 1}",
         )
     return list(range(FIRST_LAYER, facts.layers))
+
+
+def _means(bound: Bound, layer: int) -> ColumnMeans:
+    """What is observed in a selected layer."""
+    heads = bound.params["heads"]
+    chosen = heads[str(layer)] if isinstance(heads, dict) else heads
+    return ColumnMeans(layer, tuple(cast("list[int]", chosen)) if chosen != "all" else None)
 
 
 def _theta(bound: Bound, keys: int) -> float:

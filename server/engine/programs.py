@@ -44,7 +44,7 @@ class Program:
         calibrator: its method.
         prompt: geometry of the prompt.
         rows: which positions are calibrated.
-        observed: layers in which something has to be measured.
+        observed: what has to be measured, by layer.
         heads: bool `[layers, heads of this rank]`.
         parameters: float32 of the same shape, by name.
         pools: per layer.
@@ -65,7 +65,7 @@ class Program:
         self._own = slice(shard.start, shard.stop)
         shape = facts.layers, shard.stop - shard.start
         self.rows = calibrator.rows(bound, prompt)
-        self.observed = _layers(calibrator.observe(bound), facts, shape[1])
+        self.observed = _by_layer(calibrator.observe(bound), facts, shape[1])
         self.heads = np.zeros(shape, np.bool_)
         self.parameters = {name: np.zeros(shape, np.float32) for name in calibrator.parameters}
         self.pools = [LayerPools.none(len(calibrator.pools))] * facts.layers
@@ -128,13 +128,17 @@ class Program:
         return per_head[self._own]
 
 
-def _layers(
+def _by_layer(
     observations: Sequence[Observation], facts: ModelFacts, own_heads: int
-) -> frozenset[int]:
-    """Where column means are asked for; anything else cannot be measured."""
-    for observation in observations:
-        if not isinstance(observation, ColumnMeans) or observation.layer not in range(facts.layers):
-            raise NotImplementedError(f"{observation} cannot be measured")
+) -> Mapping[int, ColumnMeans]:
+    """Column means, once per layer; anything else cannot be measured."""
+    found: dict[int, ColumnMeans] = {}
+    for each in observations:
+        if not isinstance(each, ColumnMeans) or each.layer not in range(facts.layers):
+            raise NotImplementedError(f"{each} cannot be measured")
+        if each.layer in found or not set(each.heads or ()) <= set(range(facts.query_heads)):
+            raise NotImplementedError(f"{each} cannot be measured")
+        found[each.layer] = each
     if observations and own_heads != facts.query_heads:
         raise NotImplementedError("observations of a part of the heads")
-    return frozenset(observation.layer for observation in observations)
+    return found

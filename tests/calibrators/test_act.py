@@ -37,8 +37,9 @@ def coefficients(beta, mass):
 def resolve(facts, means, layer=2, **fields):
     """Plan of a layer from column means `[query_heads, P]`."""
     means = np.asarray(means, np.float32)
-    observed = {ColumnMeans(layer): means}
-    return METHOD.resolve(bind(facts, **fields), layer, facts, Prompt(means.shape[1]), observed)
+    bound, prompt = bind(facts, **fields), Prompt(means.shape[1])
+    observed = {each: means for each in METHOD.observe(bound) if each.layer == layer}
+    return METHOD.resolve(bound, layer, facts, prompt, observed)
 
 
 def causal(seed, length, heads):
@@ -117,17 +118,17 @@ def test_settings_of_another_method_are_a_mistake_of_the_caller(make_facts, make
 
 
 @pytest.mark.parametrize(
-    ("fields", "layers"),
+    ("fields", "observed"),
     [
-        ({}, [2, 3]),
-        ({"layers": "all"}, [0, 1, 2, 3]),
-        ({"layers": [0, 1], "heads": {"1": [4]}}, [1]),
+        ({}, {2: None, 3: None}),
+        ({"layers": "all", "heads": [1, 5]}, dict.fromkeys(range(4), (1, 5))),
+        ({"layers": [0, 1], "heads": {"0": [2, 3], "1": [4]}}, {0: (2, 3), 1: (4,)}),
     ],
 )
-def test_column_means_of_the_selected_layers_in_one_step(make_facts, fields, layers):
+def test_column_means_of_what_is_selected_in_one_step(make_facts, fields, observed):
     bound = bind(make_facts(), **fields)
     assert METHOD.prefill(bound) is Prefill.WHOLE
-    assert METHOD.observe(bound) == tuple(map(ColumnMeans, layers))
+    assert METHOD.observe(bound) == tuple(ColumnMeans(*each) for each in observed.items())
 
 
 @pytest.mark.parametrize(("decode", "generated"), [("frozen", 1), ("row", 1), ("off", 0)])

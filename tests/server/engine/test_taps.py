@@ -227,12 +227,19 @@ def test_statistics_of_plans_are_means_over_layers(toy):
 
 
 @pytest.mark.parametrize(
-    "observation", [ColumnMeans(LAYERS), ColumnMeans(-1), ResidualPeaks(1, ())]
+    "observations",
+    [
+        [ColumnMeans(LAYERS)],
+        [ColumnMeans(-1)],
+        [ColumnMeans(1, (HEADS,))],
+        [ColumnMeans(1, (0,)), ColumnMeans(1, (1,))],
+        [ResidualPeaks(1, ())],
+    ],
 )
-def test_what_cannot_be_measured_fails_at_once(make_table, extra_args, observation):
+def test_what_cannot_be_measured_fails_at_once(make_table, extra_args, observations):
     class Other(Sinks):
         def observe(self, bound):
-            return [observation]
+            return observations
 
     table = make_table(Other())
     table.add("a", extra_args(Bound("sinks", params(), 1, 1)), Prompt(5), 0)
