@@ -90,6 +90,7 @@ class ACT:
     Attributes:
         margin: how near a probability or a column mean came to its bound, relative to it; heads
             that are selected and keys after the first.
+        left: the least that a rewritten row pays to keys that are no sinks.
         sinks: number of sinks over all selected (layer, head).
         touched: bool `[rows]`, rows rewritten in some layer.
         before: sum of the sinks' mass over rewritten (layer, head, row).
@@ -100,7 +101,8 @@ class ACT:
         self._setting = {"beta": 0.4, "decode": "frozen"} | setting
         self._chosen = oracle.selected(setting, first=2)
         self._prompt = prompt
-        self.margin, self.sinks, self.before, self.count = float("inf"), 0, 0.0, 0
+        self.margin, self.left = float("inf"), 1.0
+        self.sinks, self.before, self.count = 0, 0.0, 0
         self.touched = torch.zeros(0, dtype=torch.bool)
 
     @property
@@ -121,6 +123,7 @@ class ACT:
         self.touched |= rewritten.any(1)
         self.before += mass[rewritten].sum().item()
         self.count += int(rewritten.sum())
+        self.left = min([self.left, *(1 - mass[rewritten]).tolist()])
         return reference.act(p, sinks, torch.tensor(float(self._setting["beta"])))
 
     def _find(self, p: Tensor, chosen: Tensor) -> Tensor:
