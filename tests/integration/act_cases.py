@@ -3,8 +3,8 @@
 Whether a key is a sink hangs on a strict bound. Two correct computations in float32 may disagree
 about a mean that is next to it, and everything after it would differ. And a row that pays next to
 all of its attention to sinks is ill-conditioned: what it pays to others is enlarged, with all of
-its rounding. So prompts were picked on which every mean and probability stays clear of its bound, and
-no row is left with next to nothing; the tests assert both.
+its rounding. So prompts were picked on which every mean and probability stays clear of its bound,
+and no row is left with next to nothing; the tests assert both.
 """
 
 from __future__ import annotations
