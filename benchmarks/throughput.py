@@ -1,6 +1,7 @@
-"""What calibration costs: plain requests against stock vLLM, ZeroTuning against plain requests.
+"""What calibration costs: plain requests against stock vLLM, calibrated against plain ones.
 
     python -m benchmarks.throughput --json out.json
+    python -m benchmarks.throughput --calibration '{"method": "act", "heads": [1, 5]}' --starts 0
 
 Times depend on the machine; ratios are taken between rounds that ran next to each other.
 """
@@ -34,6 +35,7 @@ SCENARIOS: Mapping[str, Shape] = {
     "one-request": Shape(1, 200, 64),
 }
 STOCK_SHAPE = SCENARIOS["decode-200"]
+CALIBRATION = {"method": "zerotuning", "gamma": 0.5}
 WARM_UP = Shape(4, 100, 8)
 
 
@@ -44,7 +46,7 @@ class Plan:
     Attributes:
         model: checkpoint folder.
         dtype: of weights and KV cache.
-        gamma: of ZeroTuning, on all heads and layers.
+        calibration: the request field, an object with `method`.
         scenarios: names of those to run.
         rounds: pairs per scenario.
         starts: starts of each server in the comparison with stock vLLM; 0 leaves it out.
@@ -53,16 +55,11 @@ class Plan:
 
     model: Path
     dtype: str
-    gamma: float
+    calibration: Mapping[str, Any]
     scenarios: tuple[str, ...]
     rounds: int
     starts: int
     stock_rounds: int
-
-    @property
-    def calibration(self) -> dict[str, Any]:
-        """The request field."""
-        return {"method": "zerotuning", "gamma": self.gamma}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and server starts")
     parser.add_argument("--model", type=Path, help="checkpoint folder; default: the embedded one")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--gamma", type=float, default=0.5)
+    parser.add_argument("--calibration", type=json.loads, default=CALIBRATION, metavar="JSON")
     parser.add_argument("--scenarios", help=f"comma-separated, of: {', '.join(SCENARIOS)}")
     parser.add_argument("--rounds", type=int, help="pairs of rounds per scenario")
     parser.add_argument("--starts", type=int, help="server starts against stock vLLM; 0: none")
@@ -130,7 +127,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     return Plan(
         model=args.model or models.prepare(models.DEFAULT_MODEL, report=_progress),
         dtype=args.dtype,
-        gamma=args.gamma,
+        calibration=args.calibration,
         scenarios=tuple(chosen),
         rounds=args.rounds or (3 if quick else 7),
         starts=args.starts if args.starts is not None else (1 if quick else 3),
@@ -183,7 +180,7 @@ async def _plain_rounds(address: str, plan: Plan, seed: int) -> list[float]:
 async def against_plain(
     address: str, plan: Plan, progress: Callable[[str], None]
 ) -> list[Comparison]:
-    """ZeroTuning and plain requests on one server, in alternating rounds."""
+    """Calibrated and plain requests on one server, in alternating rounds."""
     prompts = Prompts(_vocabulary(plan.model))
     results = []
     async with load.client_for(address) as client:
@@ -198,17 +195,17 @@ async def against_plain(
 async def _scenario(
     client: httpx.AsyncClient, name: str, plan: Plan, prompts: Prompts
 ) -> Comparison:
-    shape = SCENARIOS[name]
+    shape, method = SCENARIOS[name], plan.calibration["method"]
     rounds: dict[bool, list[Round]] = {False: [], True: []}
     spent = 0.0
     for pair in range(-1, plan.rounds):  # the pair before the first is not counted
         for calibrated in (False, True) if pair % 2 == 0 else (True, False):
-            before = await load.calibration_seconds(client, "zerotuning")
+            before = await load.calibration_seconds(client, method)
             calibration = plan.calibration if calibrated else None
             played = await load.play(client, load.bodies(shape, prompts, calibration))
             if pair >= 0:
                 rounds[calibrated].append(played)
-                spent += await load.calibration_seconds(client, "zerotuning") - before
+                spent += await load.calibration_seconds(client, method) - before
     return _compared(name, rounds[False], rounds[True], spent)
 
 

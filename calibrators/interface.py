@@ -152,10 +152,12 @@ class Prompt:
 class ColumnMeans:
     """Mean attention each prompt key receives from the prompt rows that can see it.
 
-    Yields float32 `[query_heads, P]`, `s_j = sum_{i >= j} p_ij / (P - j)`.
+    Yields float32 `[query_heads, P]`, `s_j = sum_{i >= j} p_ij / (P - j)`; zero for query heads
+    other than `heads`, None for all. Every head costs a pass over the keys. Once per layer.
     """
 
     layer: int
+    heads: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,8 +211,20 @@ class Admission:
             rule.method,
         )
 
+    def usual(self, calibrator: Calibrator) -> Bound | None:
+        """What a request without parameters would get, None where it would be refused."""
+        try:
+            return calibrator.bind(calibrator.Settings.model_validate({}), self.facts)
+        except (ValidationError, CalibrationError):
+            return None
+
     def unavailable(self, calibrator: Calibrator) -> str | None:
-        """Why the served model cannot use a method at all, None where it can."""
+        """Why this server cannot use a method at all, None where it can."""
+        bound = self.usual(calibrator)
+        unsupported = None if bound is None else self._unsupported(calibrator, bound)
+        return self._unfit(calibrator) or unsupported
+
+    def _unfit(self, calibrator: Calibrator) -> str | None:
         if calibrator.modality == "vision" and self.facts.modality != "vision":
             return f"{calibrator.title} needs a model that takes images; this one takes text only"
         return None
@@ -238,7 +250,7 @@ class Admission:
                 where,
                 f"there is no calibrator {_quoted(name)}; this server offers: {known}",
             )
-        reason = self.unavailable(calibrator)
+        reason = self._unfit(calibrator)
         if reason is not None:
             raise Refusal("unsupported_model", path, reason, name)
         try:
@@ -248,14 +260,16 @@ class Admission:
         except CalibrationError as error:
             param = f"{path}.{error.param}" if error.param else path
             raise Refusal("invalid_parameter", param, error.message, name) from None
-        self._check_supported(calibrator, bound, path)
+        reason = self._unsupported(calibrator, bound)
+        if reason is not None:
+            raise Refusal("unsupported_feature", path, reason, name)
         return calibrator, bound
 
-    def _check_supported(self, calibrator: Calibrator, bound: Bound, path: str) -> None:
-        """Refuse what a method asks for and this engine cannot do."""
+    def _unsupported(self, calibrator: Calibrator, bound: Bound) -> str | None:
+        """What a method asks for and this engine cannot do."""
         observations = calibrator.observe(bound)
         if not observations:
-            return
+            return None
         if not all(isinstance(observation, ColumnMeans) for observation in observations):
             reason = "needs observations that this version of the engine does not provide"
         elif calibrator.prefill(bound) is not Prefill.WHOLE:
@@ -266,8 +280,8 @@ class Admission:
                 "serve without --tensor-parallel-size"
             )
         else:
-            return
-        raise Refusal("unsupported_feature", path, f"{calibrator.title} {reason}", calibrator.name)
+            return None
+        return f"{calibrator.title} {reason}"
 
     def _check_combination(self, calibrators: Sequence[Calibrator]) -> None:
         for reweights in (True, False):

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from calibrators.interface import Calibrator
+from calibrators.interface import Bound, Calibrator
 
 
-def entry(calibrator: Calibrator) -> dict[str, Any]:
-    """A calibrator as `GET /v1/calibrators` shows it, without what depends on the model."""
+def entry(calibrator: Calibrator, usual: Bound | None) -> dict[str, Any]:
+    """A calibrator as `GET /v1/calibrators` shows it, without whether it is available.
+
+    Args:
+        calibrator: to describe.
+        usual: what a request without parameters would get, None where it would be refused.
+    """
+    resolved = {} if usual is None else dict(usual.params)
     return {
         "id": calibrator.name,
         "object": "calibrator",
@@ -17,7 +23,7 @@ def entry(calibrator: Calibrator) -> dict[str, Any]:
         "modality": calibrator.modality,
         "causal": calibrator.causal,
         "params_schema": calibrator.Settings.model_json_schema(),
-        "defaults": defaults(calibrator),
+        "defaults": defaults(calibrator) | resolved,
     }
 
 
@@ -45,7 +51,9 @@ def _paragraph(calibrator: Calibrator) -> str:
         if name == "method":
             continue
         default = defaults(calibrator).get(name)
-        shown = "required" if default is None else f"default {default}"
+        shown = (
+            "required" if field.is_required() else "" if default is None else f"default {default}"
+        )
         description = " ".join((field.description or "").split())
         lines.append(f"  {name:<10} {shown:<14} {description}")
     return "\n".join(lines)

@@ -48,10 +48,12 @@ class StepContext:
         self._table.drop(scheduler_output.finished_req_ids)
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
+            # A client may send embeddings in place of tokens.
+            given = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
             self._table.add(
                 new.req_id,
                 params.extra_args if params is not None else None,
-                Prompt(length=len(new.prompt_token_ids or ())),
+                Prompt(length=len(given)),
                 new.num_computed_tokens,
             )
         if self._gather is not None:

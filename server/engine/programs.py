@@ -45,7 +45,7 @@ class Program:
         calibrator: its method.
         prompt: geometry of the prompt.
         rows: which positions are calibrated.
-        observed: layers in which something has to be measured.
+        observed: what has to be measured, by layer.
         own: the heads of this rank among those of the model.
         heads: bool `[layers, heads of this rank]`.
         active: bool `[layers]`, whether any head is selected: of this rank, or of the model for a
@@ -70,7 +70,7 @@ class Program:
         self._known = slice(0, facts.query_heads) if across_heads(calibrator) else self.own
         shape = facts.layers, shard.stop - shard.start
         self.rows = calibrator.rows(bound, prompt)
-        self.observed = _layers(calibrator.observe(bound), facts, shape[1])
+        self.observed = _by_layer(calibrator.observe(bound), facts, shape[1])
         self.heads = np.zeros(shape, np.bool_)
         self.active = np.zeros(facts.layers, np.bool_)
         wide = facts.layers, self._known.stop - self._known.start
@@ -136,13 +136,17 @@ class Program:
         return per_head[heads]
 
 
-def _layers(
+def _by_layer(
     observations: Sequence[Observation], facts: ModelFacts, own_heads: int
-) -> frozenset[int]:
-    """Where column means are asked for; anything else cannot be measured."""
-    for observation in observations:
-        if not isinstance(observation, ColumnMeans) or observation.layer not in range(facts.layers):
-            raise NotImplementedError(f"{observation} cannot be measured")
+) -> Mapping[int, ColumnMeans]:
+    """Column means, once per layer; anything else cannot be measured."""
+    found: dict[int, ColumnMeans] = {}
+    for each in observations:
+        if not isinstance(each, ColumnMeans) or each.layer not in range(facts.layers):
+            raise NotImplementedError(f"{each} cannot be measured")
+        if each.layer in found or not set(each.heads or ()) <= set(range(facts.query_heads)):
+            raise NotImplementedError(f"{each} cannot be measured")
+        found[each.layer] = each
     if observations and own_heads != facts.query_heads:
         raise NotImplementedError("observations of a part of the heads")
-    return frozenset(observation.layer for observation in observations)
+    return found

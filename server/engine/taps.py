@@ -52,21 +52,30 @@ class Taps:
         slots = [s for s in self._waiting.get(layer, ()) if not self._batch[s].request.failed]
         if not slots:
             return
-        for slot, means in zip(slots, self._means(slots, query, cache, geometry), strict=True):
+        wanted = [self._programs[slot].observed[layer] for slot in slots]
+        measured = self._means(slots, wanted, query, cache, geometry)
+        for slot, observation, means in zip(slots, wanted, measured, strict=True):
             program = self._programs[slot]
-            resolve = partial(program.resolve, layer, {ColumnMeans(layer): means})
+            resolve = partial(program.resolve, layer, {observation: means})
             finite = bool(np.isfinite(means).all())
             if not finite or attempt(program.calibrator.name, resolve) is None:
                 self._fail(slot)
         self._stack.renew(layer)
 
     def _means(
-        self, slots: Sequence[int], query: Tensor, cache: PagedCache, geometry: AttentionGeometry
+        self,
+        slots: Sequence[int],
+        wanted: Sequence[ColumnMeans],
+        query: Tensor,
+        cache: PagedCache,
+        geometry: AttentionGeometry,
     ) -> list[FloatArray]:
         """Column means `[query_heads, P]` of each slot's prompt."""
         lengths = [self._programs[slot].prompt.length for slot in slots]
         whole = [replace(self._batch[s], stop=n) for s, n in zip(slots, lengths, strict=True)]
-        heads = torch.ones(len(slots), query.shape[1], dtype=torch.bool)
+        heads = torch.zeros(len(slots), query.shape[1], dtype=torch.bool)
+        for index, observation in enumerate(wanted):
+            heads[index, slice(None) if observation.heads is None else observation.heads] = True
         attention = kernels.Attention(query, cache, row_map(whole), heads, geometry)
         return np.split(attention.column_means().numpy(), np.cumsum(lengths)[:-1], axis=1)
 

@@ -40,7 +40,7 @@ async def show_calibrator(name: str, request: Request) -> dict[str, Any]:
 def _described(calibrator: Calibrator, admission: Admission) -> dict[str, Any]:
     reason = admission.unavailable(calibrator)
     return {
-        **entry(calibrator),
+        **entry(calibrator, admission.usual(calibrator)),
         "available": reason is None,
         "unavailable_reason": reason,
         "profiles": [],

@@ -50,6 +50,12 @@ def test_quick_runs_fewer_rounds(tmp_path):
     assert quick.starts < full.starts
 
 
+def test_any_calibration_may_be_measured(tmp_path):
+    assert plan_of(tmp_path).calibration == {"method": "zerotuning", "gamma": 0.5}
+    act = plan_of(tmp_path, "--calibration", '{"method": "act", "heads": [1, 5]}')
+    assert act.calibration == {"method": "act", "heads": [1, 5]}
+
+
 def test_an_unknown_scenario_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no scenario 'x'"):
         plan_of(tmp_path, "--scenarios", "decode-200,x")

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoTokenizer
 
 from tests.integration.attempts import in_time
-from tests.integration.oracle import Oracle
+from tests.integration.oracle import Oracle, plain
+from tests.integration.sequences import Text, log_probabilities
 from tests.integration.serving import Server, serving
 
 SETTINGS: list[dict[str, Any] | None] = [
@@ -59,29 +58,15 @@ def oracle(model: Path) -> Oracle:
     return Oracle(model)
 
 
-class Text:
-    """Stretches of real text as token ids. Random ids make a model chaotic: an eager forward in
-    float32 is then up to 8e-4 off one in float64, before anything is calibrated."""
-
-    def __init__(self, folder: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        licence = Path(__file__).parents[2] / "LICENSE"
-        self.tokens: list[int] = tokenizer(licence.read_text())["input_ids"]
-
-    def prompt(self, draw: random.Random, length: int) -> list[int]:
-        """`length` successive tokens from a random place."""
-        start = draw.randrange(len(self.tokens) - length)
-        return self.tokens[start : start + length]
-
-    def prompts(self, seed: int) -> list[list[int]]:
-        """One of every length."""
-        draw = random.Random(seed)
-        return [self.prompt(draw, length) for length in LENGTHS]
-
-
 @pytest.fixture(scope="module")
 def text(model: Path) -> Text:
     return Text(model)
+
+
+def prompts(text: Text, seed: int) -> list[list[int]]:
+    """One of every length."""
+    draw = random.Random(seed)
+    return [text.prompt(draw, length) for length in LENGTHS]
 
 
 def complete(server: Server, tokens: list[int], setting: dict[str, Any] | None, n: int) -> Any:
@@ -103,17 +88,6 @@ def complete(server: Server, tokens: list[int], setting: dict[str, Any] | None, 
     return response.json()
 
 
-def log_probabilities(answer: Any, tokens: list[int]) -> tuple[list[int], torch.Tensor]:
-    """All tokens of an answer, and the log-probability of each after the first."""
-    choice = answer["choices"][0]
-    generated = choice["token_ids"]
-    given = [
-        entry[str(token)]["logprob"]
-        for token, entry in zip(tokens[1:], choice["prompt_logprobs"][1:], strict=True)
-    ]
-    return [*tokens, *generated], torch.tensor([*given, *choice["logprobs"]["token_logprobs"]])
-
-
 def check(server: Server, oracle: Oracle, cases: list[tuple[list[int], Any]], n: int) -> float:
     """Run all cases at once; the largest deviation from the oracle."""
     with ThreadPoolExecutor(len(cases)) as pool:
@@ -121,8 +95,8 @@ def check(server: Server, oracle: Oracle, cases: list[tuple[list[int], Any]], n:
     worst = 0.0
     for (tokens, setting), answer in zip(cases, answers, strict=True):
         sequence, measured = log_probabilities(answer, tokens)
-        gamma = oracle.table(setting or {"gamma": 1.0})
-        expected = oracle.log_probabilities(sequence, gamma)
+        rewrite = plain if setting is None else oracle.zerotuning(setting)
+        expected = oracle.log_probabilities(sequence, rewrite)
         deviation = (measured - expected).abs().max().item()
         assert deviation < TOLERANCE, (len(tokens), setting, deviation)
         worst = max(worst, deviation)
@@ -138,8 +112,8 @@ def check(server: Server, oracle: Oracle, cases: list[tuple[list[int], Any]], n:
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_every_setting_on_every_length(server, oracle, text, setting, record_property):
     neighbours = [None, {"gamma": 0.7, "layers": [2, 3]}]
-    cases = [(tokens, setting) for tokens in text.prompts(SETTINGS.index(setting))]
-    cases += [(text.prompts(99)[i], neighbours[i % 2]) for i in (2, 3, 5, 6)]
+    cases = [(tokens, setting) for tokens in prompts(text, SETTINGS.index(setting))]
+    cases += [(prompts(text, 99)[i], neighbours[i % 2]) for i in (2, 3, 5, 6)]
     record_property("deviation", check(server, oracle, cases, NEW_TOKENS))
 
 

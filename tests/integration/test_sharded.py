@@ -128,7 +128,7 @@ def test_key_heads_that_every_rank_holds(two, models):
         length = REQUESTS[name][0]
         answer = results[batch][name]
         sequence = [*prompt(list(REQUESTS).index(name), length), *answer["tokens"]]
-        expected = oracle.log_probabilities(sequence, oracle.table(setting))[length - 1 :]
+        expected = oracle.log_probabilities(sequence, oracle.zerotuning(setting))[length - 1 :]
         return (torch.tensor(answer["logprobs"]) - expected).abs().max().item()
 
     band = max(error("plain", name, {"gamma": 1.0}) for name in REQUESTS)

@@ -53,7 +53,7 @@ def start(*flags: str, env: dict[str, str] | None = None) -> subprocess.Complete
     ("flags", "advice"),
     [
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype auto"),
-        (["--calibrators", "zerotuning,nothing"], "installed: zerotuning"),
+        (["--calibrators", "zerotuning,nothing"], "installed: act, zerotuning"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -91,7 +91,7 @@ def test_a_name_alone_takes_the_defaults(make_admission):
         ({}, "malformed", "calibration.method", 'needs the key "method"'),
         ({"method": None}, "malformed", "calibration.method", 'needs the key "method"'),
         ({"method": 1}, "malformed", "calibration.method", 'needs the key "method"'),
-        ("", "unknown_method", "calibration", "no calibrator ''; this server offers: zerotuning"),
+        ("", "unknown_method", "calibration", "no calibrator ''; this server offers: act, "),
         ("zero", "unknown_method", "calibration", "no calibrator 'zero'"),
         ({"method": "zero"}, "unknown_method", "calibration.method", "no calibrator 'zero'"),
         ([{"method": "zero"}], "unknown_method", "calibration[0].method", "'zero'"),

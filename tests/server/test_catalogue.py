@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from calibrators.act import ACT
 from calibrators.settings import CalibrationSettings
 from calibrators.zerotuning import ZeroTuning
 from server import catalogue
@@ -24,7 +25,7 @@ def sample(make_calibrator):
 
 
 def test_an_entry_is_json_and_describes_the_method():
-    entry = catalogue.entry(ZeroTuning())
+    entry = catalogue.entry(ZeroTuning(), None)
     assert json.loads(json.dumps(entry)) == entry
     expected = {"id": "zerotuning", "object": "calibrator", "modality": "text", "causal": True}
     assert expected.items() <= entry.items()
@@ -33,7 +34,7 @@ def test_an_entry_is_json_and_describes_the_method():
 
 
 def test_the_schema_carries_ranges_descriptions_and_strictness():
-    schema = catalogue.entry(ZeroTuning())["params_schema"]
+    schema = catalogue.entry(ZeroTuning(), None)["params_schema"]
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == {"method", "gamma", "layers", "heads"}
     gamma = schema["properties"]["gamma"]
@@ -42,13 +43,28 @@ def test_the_schema_carries_ranges_descriptions_and_strictness():
     assert (number["exclusiveMinimum"], number["maximum"]) == (0, 100)
 
 
+def test_defaults_are_resolved_for_the_model(make_facts, sample):
+    act = ACT()
+    usual = act.bind(act.Settings(), make_facts(layers=5))
+    assert catalogue.entry(act, usual)["defaults"] == {
+        "beta": 0.4,
+        "alpha": 5.0,
+        "threshold": None,
+        "layers": [2, 3, 4],
+        "heads": "all",
+        "decode": "frozen",
+    }
+    assert catalogue.entry(act, None)["defaults"]["layers"] is None
+    assert catalogue.entry(sample, None)["defaults"] == {"spread": 0.25, "marks": [1, 2]}
+
+
 def test_defaults_leave_out_the_method_and_what_is_required(sample):
     assert catalogue.defaults(sample) == {"spread": 0.25, "marks": [1, 2]}
 
 
 def test_the_table_has_a_line_for_each_parameter(sample):
-    table = catalogue.table([ZeroTuning(), sample])
-    first, second = table.split("\n\n")
+    table = catalogue.table([ZeroTuning(), sample, ACT()])
+    first, second, third = table.split("\n\n")
     assert first.startswith("zerotuning  ZeroTuning, text\n  paper: https://arxiv.org/abs/")
     lines = second.splitlines()
     assert lines[0] == "sample  Sample, text"
@@ -56,6 +72,8 @@ def test_the_table_has_a_line_for_each_parameter(sample):
     assert [row[0] for row in rows] == ["level", "spread", "marks"]
     assert rows[0][1:] == ["required", "How much of it."]
     assert lines[3].split()[1:3] == ["default", "0.25"]
+    threshold = next(line for line in third.splitlines() if line.startswith("  threshold"))
+    assert threshold.split()[1:3] == ["Mean", "attention"]
 
 
 def test_an_empty_table():

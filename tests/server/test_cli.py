@@ -103,7 +103,7 @@ def plugins_installed(tmp_path, monkeypatch):
 def test_what_is_installed_is_named_and_not_imported(plugins_installed):
     done = run("calibrators")
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in titles(done.stdout)] == ["zerotuning"]
+    assert [line.split()[0] for line in titles(done.stdout)] == ["zerotuning", "act"]
     last = "installed, but not on offer without --calibrators: broken, milder"
     assert done.stdout.splitlines()[-1] == last
 
@@ -115,7 +115,7 @@ def test_the_table_has_what_is_on_offer(plugins_installed, monkeypatch, argv):
     done = run("calibrators", *argv)
     assert done.returncode == 0, done.stderr
     assert titles(done.stdout) == ["milder  Milder, text", "zerotuning  ZeroTuning, text"]
-    assert done.stdout.splitlines()[-1].endswith(": broken")
+    assert done.stdout.splitlines()[-1].endswith(": act, broken")
 
 
 def titles(table):
@@ -127,7 +127,7 @@ def test_an_empty_offer(capsys):
     assert cli.main(["calibrators", "--calibrators", ""]) == 0
     out = capsys.readouterr().out
     assert out.startswith("no calibrator is on offer\n")
-    assert "without --calibrators: zerotuning" in out
+    assert "without --calibrators: act, zerotuning" in out
 
 
 @pytest.mark.parametrize("name", ["broken", "nobody"])

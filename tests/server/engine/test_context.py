@@ -11,12 +11,13 @@ from tests.server.kernels.paging import problem
 def make_new(extra_args):
     """A newly scheduled request."""
 
-    def make(request_id, length, cached=0, plain=False):
+    def make(request_id, length, cached=0, plain=False, embedded=False):
         arguments = None if plain else extra_args(ticket=f"t-{request_id}")
         return SimpleNamespace(
             req_id=request_id,
             sampling_params=SimpleNamespace(extra_args=arguments),
-            prompt_token_ids=[0] * length,
+            prompt_token_ids=None if embedded else [0] * length,
+            prompt_embeds=torch.zeros(length, 8) if embedded else None,
             num_computed_tokens=cached,
         )
 
@@ -70,6 +71,14 @@ def test_a_step_reports_its_calibrated_requests(context, make_new):
     seconds = [report.seconds for report in reports.values() if report.seconds is not None]
     assert len(seconds) == 1
     assert seconds[0]["zerotuning"] > 0
+
+
+def test_embeddings_in_place_of_tokens_are_a_prompt_too(context, make_new):
+    begin(context, {"a": 20}, [make_new("a", 20, embedded=True)])
+    context.batch[:] = ["a"]
+    run(context, [20], [20])
+    (tally,) = context.finish()["a"].tallies
+    assert (tally.prompt_tokens, tally.completion_tokens) == (20, 0)
 
 
 def test_all_groups_of_layers_share_one_plan(context, make_new):

@@ -1,86 +1,46 @@
-"""A method that observes its prompt: in effect ACT, against its dense equation."""
+"""A method that observes its prompt, ACT, against its dense equation."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import pytest
 import torch
 
 from calibrators import reference
-from calibrators.interface import (
-    Bound,
-    Coefficients,
-    ColumnMeans,
-    LayerPlan,
-    Pool,
-    Prefill,
-    Prompt,
-    ResidualPeaks,
-    Span,
-    Threshold,
-)
-from calibrators.settings import CalibrationSettings
+from calibrators.act import ACT, ACTSettings
+from calibrators.interface import Bound, ColumnMeans, Prompt, ResidualPeaks
 from server.engine import step
 from server.engine.programs import HeadShard
-from tests.conftest import FakeCalibrator
 from tests.server.engine.toy import HEADS, LAYERS, Toy
 
 EPS = torch.finfo(torch.float32).eps
 
 
-class SinksSettings(CalibrationSettings):
+class SinksSettings(ACTSettings):
     """Requests come bound already."""
 
     method: Literal["sinks"] = "sinks"
 
 
-class Sinks(FakeCalibrator):
-    """Scales the keys that get more than `alpha / P` on average, in all layers but the first."""
+class Sinks(ACT):
+    """ACT that raises where it is told to."""
 
     name: ClassVar = "sinks"
     title: ClassVar = "Sinks"
     Settings: ClassVar = SinksSettings
-    causal: ClassVar = False
-    pools: ClassVar = ("sinks",)
-    parameters: ClassVar = ("beta",)
-
-    def prefill(self, bound):
-        return Prefill.WHOLE
-
-    def observe(self, bound):
-        return [ColumnMeans(layer) for layer in range(1, LAYERS)]
 
     def resolve(self, bound, layer, facts, prompt, observed):
-        if not observed:
-            return None
-        params = bound.params
-        if params.get("raises_in") == layer:
+        if bound.params.get("raises_in") == layer:
             raise ValueError("in resolve")
-        found = observed[ColumnMeans(layer)] > params["alpha"] / prompt.length
-        found[:, 0] = False
-        keys = [np.flatnonzero(head).astype(np.int32) for head in found]
-        heads = np.isin(np.arange(facts.query_heads), params["heads"])
-        generated = None
-        if params["decode"] == "row":
-            above = Threshold(params["alpha"], relative=True)
-            generated = (Pool(Span(1, facts.max_model_len), above=above),)
-        beta = np.full(facts.query_heads, params["beta"], np.float32)
-        statistics = {"sinks": found.sum() / facts.query_heads}
-        return LayerPlan(heads, {"beta": beta}, (Pool(keys),), generated, statistics)
-
-    def coefficients(self, masses, parameters):
-        beta, mass = parameters["beta"], masses.plain[..., 0]
-        rest = (1 - beta * mass) / (1 - mass).clamp_min(1e-6)
-        apply = (mass > 0) & (1 - mass >= 1e-6)
-        statistics = {"sinks_mass_before": mass, "sinks_mass_after": beta * mass}
-        return Coefficients(rest, beta[..., None], apply=apply, statistics=statistics)
+        return super().resolve(bound, layer, facts, prompt, observed)
 
 
 def params(beta=0.4, alpha=1.3, heads=range(HEADS), decode="frozen", **more):
-    return {"beta": beta, "alpha": alpha, "heads": [*heads], "decode": decode, **more}
+    """All layers but the first."""
+    chosen = {"layers": [*range(1, LAYERS)], "heads": [*heads]}
+    return {"beta": beta, "alpha": alpha, "threshold": None, "decode": decode} | chosen | more
 
 
 def act(settings: dict[str, Any], prompt: int, layer: int, p: torch.Tensor) -> torch.Tensor:
@@ -140,7 +100,7 @@ def observing(table, extra_args):
     """Add a request for `Sinks` to the table; gives its state."""
 
     def make(name, length, settings):
-        bound = Bound("sinks", settings, LAYERS, LAYERS * HEADS)
+        bound = Bound("sinks", settings, LAYERS - 1, (LAYERS - 1) * len(settings["heads"]))
         table.add(name, extra_args(bound), Prompt(length), 0)
         return table.get(name)
 
@@ -267,12 +227,19 @@ def test_statistics_of_plans_are_means_over_layers(toy):
 
 
 @pytest.mark.parametrize(
-    "observation", [ColumnMeans(LAYERS), ColumnMeans(-1), ResidualPeaks(1, ())]
+    "observations",
+    [
+        [ColumnMeans(LAYERS)],
+        [ColumnMeans(-1)],
+        [ColumnMeans(1, (HEADS,))],
+        [ColumnMeans(1, (0,)), ColumnMeans(1, (1,))],
+        [ResidualPeaks(1, ())],
+    ],
 )
-def test_what_cannot_be_measured_fails_at_once(make_table, extra_args, observation):
+def test_what_cannot_be_measured_fails_at_once(make_table, extra_args, observations):
     class Other(Sinks):
         def observe(self, bound):
-            return [observation]
+            return observations
 
     table = make_table(Other())
     table.add("a", extra_args(Bound("sinks", params(), 1, 1)), Prompt(5), 0)

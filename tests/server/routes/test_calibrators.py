@@ -22,7 +22,7 @@ def test_the_list_describes_what_is_on_offer(app):
     assert [each["id"] for each in body["data"]] == list(offer)
     zero = body["data"][0]
     assert zero == {
-        **entry(offer["zerotuning"]),
+        **entry(offer["zerotuning"], None),
         "available": True,
         "unavailable_reason": None,
         "profiles": [],
@@ -33,11 +33,19 @@ def test_the_list_describes_what_is_on_offer(app):
 def test_a_method_the_model_cannot_use_says_why(with_vision, modality, available):
     client = with_vision(modality)
     shown = client.get("/v1/calibrators/vision").json()
-    assert shown == client.get("/v1/calibrators").json()["data"][1]
+    assert shown == client.get("/v1/calibrators").json()["data"][-1]
     assert shown["available"] is available
     assert (shown["unavailable_reason"] is None) is available
     if not available:
         assert "Seeing needs a model that takes images" in shown["unavailable_reason"]
+
+
+@pytest.mark.parametrize(("ranks", "available"), [(1, True), (2, False)])
+def test_a_method_that_needs_all_heads_on_one_rank(make_app, ranks, available):
+    shown = TestClient(make_app(ranks=ranks)).get("/v1/calibrators/act").json()
+    assert shown["defaults"]["layers"] == [2, 3]
+    assert shown["available"] is available
+    assert ("--tensor-parallel-size" in (shown["unavailable_reason"] or "")) is not available
 
 
 @pytest.mark.parametrize("name", ["unknown", "ZeroTuning", "%2e%2e", "zerotuning%00"])
