@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from calibrators.interface import Prompt
@@ -24,6 +24,8 @@ class StepContext:
         table: state of calibrated requests.
         request_ids: ids by row of the batch, as the model runner orders them right now.
         union: brings what the ranks did together.
+        follow: has the residual stream shown to the plan on its way into these layers, and no
+            others.
     """
 
     def __init__(
@@ -31,10 +33,12 @@ class StepContext:
         table: RequestTable,
         request_ids: Callable[[], Sequence[str]],
         union: Union = alone,
+        follow: Callable[[Iterable[int]], None] = lambda _: None,
     ) -> None:
         self._table = table
         self._request_ids = request_ids
         self._union = union
+        self._follow = follow
         self._planner = Planner()
         self._scheduled: list[str] = []
         self._plan: StepPlan | None = None
@@ -51,6 +55,7 @@ class StepContext:
                 new.num_computed_tokens,
             )
         self._plan = None
+        self._follow(())
         self._scheduled = [
             request_id
             for request_id in (scheduler_output.num_scheduled_tokens if len(self._table) else ())
@@ -72,6 +77,7 @@ class StepContext:
                 metadata.seq_lens[:rows].tolist(),
             )
             self._plan = self._planner.plan(batch)
+            self._follow(self._plan.followed())
         return self._plan
 
     def finish(self) -> Mapping[str, Report]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,15 @@ import numpy.typing as npt
 from calibrators.interface import (
     Bound,
     Calibrator,
-    ColumnMeans,
     LayerPlan,
     ModelFacts,
-    Observation,
     Observed,
     Prompt,
 )
 from server.engine.payload import Tally
 from server.engine.pools import LayerPools
+from server.engine.taps.making import make_taps
+from server.engine.taps.peaks import PeakTable
 
 if TYPE_CHECKING:
     from calibrators.interface import FloatArray
@@ -43,8 +43,10 @@ class Program:
     Attributes:
         calibrator: its method.
         prompt: geometry of the prompt.
+        prefill: how it asked to have the prompt cut.
         rows: which positions are calibrated.
-        observed: layers in which something has to be measured.
+        taps: what has to be measured.
+        observed: layers that are resolved when something was measured.
         heads: bool `[layers, heads of this rank]`.
         parameters: float32 of the same shape, by name.
         pools: per layer.
@@ -58,14 +60,21 @@ class Program:
         prompt: Prompt,
         facts: ModelFacts,
         shard: HeadShard,
+        peaks: PeakTable,
     ) -> None:
         self.calibrator = calibrator
         self.prompt = prompt
         self._bound, self._facts = bound, facts
         self._own = slice(shard.start, shard.stop)
         shape = facts.layers, shard.stop - shard.start
+        self.prefill = calibrator.prefill(bound)
         self.rows = calibrator.rows(bound, prompt)
-        self.observed = _layers(calibrator.observe(bound), facts, shape[1])
+        self.taps = make_taps(calibrator, bound, prompt, self.rows, facts, peaks)
+        if self.taps and shape[1] != facts.query_heads:
+            raise NotImplementedError("observations of a part of the heads")
+        self.observed = frozenset(tap.layer for tap in self.taps)
+        if not all(tap.local for tap in self.taps):
+            self.observed = frozenset(range(facts.layers))
         self.heads = np.zeros(shape, np.bool_)
         self.parameters = {name: np.zeros(shape, np.float32) for name in calibrator.parameters}
         self.pools = [LayerPools.none(len(calibrator.pools))] * facts.layers
@@ -126,15 +135,3 @@ class Program:
         if per_head.shape != (self._facts.query_heads,):
             raise ValueError(f"a plan has {per_head.shape} in place of one entry per query head")
         return per_head[self._own]
-
-
-def _layers(
-    observations: Sequence[Observation], facts: ModelFacts, own_heads: int
-) -> frozenset[int]:
-    """Where column means are asked for; anything else cannot be measured."""
-    for observation in observations:
-        if not isinstance(observation, ColumnMeans) or observation.layer not in range(facts.layers):
-            raise NotImplementedError(f"{observation} cannot be measured")
-    if observations and own_heads != facts.query_heads:
-        raise NotImplementedError("observations of a part of the heads")
-    return frozenset(observation.layer for observation in observations)
