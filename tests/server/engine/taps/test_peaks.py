@@ -19,7 +19,10 @@ from calibrators.interface import (
     ResidualPeaks,
 )
 from calibrators.settings import CalibrationSettings
-from server.engine.taps.peaks import PeakTable
+from server.engine.batch import Member
+from server.engine.taps.peaks import PeakTable, PeakTap
+from server.engine.taps.tap import View
+from server.kernels.partials import AttentionGeometry, PagedCache
 from tests.conftest import FakeCalibrator
 from tests.server.engine.toy import BLOCK, HEADS, LAYERS, Toy, check, clear_of
 
@@ -232,3 +235,21 @@ def test_rows_of_the_table_keep_apart():
     first[3] = 1
     assert table.row(("a", 0), 8) is first
     assert not table.row(("a", 1), 8).any() and not table.row(("b", 0), 8).any()
+
+
+@pytest.mark.parametrize(("window", "hidden"), [(0, 0), (20, 21), (40, 1), (41, 0), (64, 0)])
+def test_positions_that_a_window_hides_from_all_rows_read_zero(window, hidden):
+    stream = torch.randn(50, 8)
+    tap = PeakTap(ResidualPeaks(0, (2,)), 60, PeakTable(), ("peaky", 0))
+    none = torch.empty(0)
+    cache = PagedCache(torch.empty(3, 1, 2, 8 * 32), torch.tensor([[2, 0]], dtype=torch.int32))
+    query = torch.empty(10, 1, 8)
+    view = View(query, query, cache, AttentionGeometry(1.0, 0.0, window, none, none))
+    for start, stop in ((0, 40), (40, 50)):
+        member = Member(None, 0, 0, start, stop)
+        tap.enter(member, stream[start:stop], None)
+        tap.take(member, view)
+        found = tap.value()
+    expected = reference.residual_peaks(stream, torch.tensor([2])).numpy()
+    assert found.shape == (60,) and not found[50:].any() and not found[:hidden].any()
+    assert np.allclose(found[hidden:50], expected[hidden:], rtol=1e-6)
