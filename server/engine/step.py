@@ -31,9 +31,19 @@ class MethodStep:
         self._batch = batch
         self._programs = programs
         self._stack = stack
-        self.taps = StepTaps(batch, programs, stack)
+        self._taps = StepTaps(batch, programs, stack)
         self._rows = row_map(batch, programs)
         self._rewrite = rewrite(self.calibrator, stack, self._rows)
+
+    def followed(self) -> set[int]:
+        """Layers into which the residual stream has to be followed."""
+        return self._taps.followed()
+
+    def enter(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """See what enters a layer."""
+        started = time.perf_counter()
+        self._taps.enter(layer, hidden, residual)
+        self.seconds += time.perf_counter() - started
 
     def apply(
         self,
@@ -45,7 +55,7 @@ class MethodStep:
     ) -> None:
         """Rewrite this method's rows of the stock `output` `[tokens, heads, head_dim]`."""
         started = time.perf_counter()
-        self.taps.resolve(layer, View(query, output, cache, geometry))
+        self._taps.resolve(layer, View(query, output, cache, geometry))
         if layer in self._stack.active and len(self._rows.token):
             heads = self._stack.heads[layer]
             attention = kernels.Attention(query, cache, self._rows, heads, geometry)
@@ -100,12 +110,12 @@ class StepPlan:
 
     def followed(self) -> set[int]:
         """Layers into which the residual stream has to be followed."""
-        return set().union(*(method.taps.layers() for method in self._methods))
+        return set().union(*(method.followed() for method in self._methods))
 
     def enter(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
         """Let methods see `[tokens, hidden_size]` on its way into one layer; the sum of both."""
         for method in self._methods:
-            method.taps.enter(layer, hidden, residual)
+            method.enter(layer, hidden, residual)
 
     def apply(
         self,

@@ -45,8 +45,8 @@ class StepTaps:
             else:
                 self._fail(slot)
 
-    def layers(self) -> set[int]:
-        """Layers into which the residual stream is followed."""
+    def followed(self) -> set[int]:
+        """Layers into which the residual stream has to be followed."""
         due = self._due.items()
         return {layer for layer, taps in due if any(isinstance(tap, PeakTap) for _, tap in taps)}
 
