@@ -130,7 +130,11 @@ class ACT:
         """The whole prompt: what a key draws from later rows decides about it."""
         return Prefill.WHOLE
 
-    def observe(self, bound: Bound) -> tuple[Observation, ...]:
+    def observe(
+        self,
+        bound: Bound,
+        prompt: Prompt,  # noqa: ARG002 - the same for all prompts
+    ) -> tuple[Observation, ...]:
         """Column means of the selected layers and heads."""
         layers = bound.params["layers"]
         chosen = cast("list[int]", layers) if isinstance(layers, list) else range(bound.layers)

@@ -38,7 +38,7 @@ def resolve(facts, means, layer=2, **fields):
     """Plan of a layer from column means `[query_heads, P]`."""
     means = np.asarray(means, np.float32)
     bound, prompt = bind(facts, **fields), Prompt(means.shape[1])
-    observed = {each: means for each in METHOD.observe(bound) if each.layer == layer}
+    observed = {each: means for each in METHOD.observe(bound, Prompt(9)) if each.layer == layer}
     return METHOD.resolve(bound, layer, facts, prompt, observed)
 
 
@@ -128,7 +128,9 @@ def test_settings_of_another_method_are_a_mistake_of_the_caller(make_facts, make
 def test_column_means_of_what_is_selected_in_one_step(make_facts, fields, observed):
     bound = bind(make_facts(), **fields)
     assert METHOD.prefill(bound) is Prefill.WHOLE
-    assert METHOD.observe(bound) == tuple(ColumnMeans(*each) for each in observed.items())
+    assert METHOD.observe(bound, Prompt(9)) == tuple(
+        ColumnMeans(*each) for each in observed.items()
+    )
 
 
 @pytest.mark.parametrize(("decode", "generated"), [("frozen", 1), ("row", 1), ("off", 0)])

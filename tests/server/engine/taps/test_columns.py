@@ -10,10 +10,10 @@ import torch
 
 from calibrators import reference
 from calibrators.act import ACT, ACTSettings
-from calibrators.interface import Bound, ColumnMeans, Prompt, ResidualPeaks
+from calibrators.interface import Bound, ColumnMeans, HeadOutputs, ProbabilityBlock, Prompt
 from server.engine import step
 from server.engine.programs import HeadShard
-from tests.server.engine.toy import HEADS, LAYERS, Toy
+from tests.server.engine.toy import HEADS, LAYERS, Toy, check, clear_of
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -61,22 +61,8 @@ def act(settings: dict[str, Any], prompt: int, layer: int, p: torch.Tensor) -> t
     return torch.where(own[:, None], changed, p)
 
 
-def clear_of(values: torch.Tensor, bound: float) -> None:
-    """No value is so near that float32 could take it for the other side."""
-    assert ((values - bound).abs() > 64 * EPS * bound).all()
-
-
 def zerotuning(gamma: float, layer: int, p: torch.Tensor) -> torch.Tensor:
     return reference.zerotuning(p, torch.tensor(gamma, dtype=p.dtype))
-
-
-def check(toy: Toy, name: str, rewrite, found: torch.Tensor, start: int = 0) -> None:
-    """Within twice the error of an independent float32 run, plus a band of float32 rounding."""
-    rows = slice(start, start + len(found))
-    exact = toy.dense(name, rewrite)[rows]
-    rough = toy.dense(name, rewrite, torch.float32)[rows]
-    budget = 2 * (rough - exact).abs().max() + 32 * EPS * exact.abs().max()
-    assert (found - exact).abs().max() <= budget
 
 
 PROMPTS = {"a": 70, "b": 33, "p": 40, "z": 50, "c": 20}
@@ -232,13 +218,13 @@ def test_statistics_of_plans_are_means_over_layers(toy):
         [ColumnMeans(LAYERS)],
         [ColumnMeans(-1)],
         [ColumnMeans(1, (HEADS,))],
-        [ColumnMeans(1, (0,)), ColumnMeans(1, (1,))],
-        [ResidualPeaks(1, ())],
+        [ProbabilityBlock(1, (0,), ())],
+        [HeadOutputs(1, True)],
     ],
 )
 def test_what_cannot_be_measured_fails_at_once(make_table, extra_args, observations):
     class Other(Sinks):
-        def observe(self, bound):
+        def observe(self, bound, prompt):
             return observations
 
     table = make_table(Other())
