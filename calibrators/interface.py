@@ -229,8 +229,7 @@ class Pool:
         keys: int32 `[n]`, distinct positions in ascending order; or one such array per query
             head; or a span, which may reach beyond the prompt. A row sees those not after itself
             and not hidden by a sliding window.
-        weights: float32, finite, one per listed key: `[n]` where keys and weights are the same for
-            all heads, else one array per query head. None for an unweighted pool; a span has none.
+        weights: float32 per listed key, finite; `[n]` for all heads, or an array per query head.
         above: which of the keys count in a row; None for all.
     """
 
@@ -262,13 +261,11 @@ class LayerPlan:
 class Masses:
     """Pool masses of the rows of one method in one layer and step.
 
-    Both are zero on heads that a row's plan does not select. The heads are those of one
-    tensor-parallel rank, or all of the model's for a method that looks across them.
+    Of one tensor-parallel rank's heads, or of all for a method that looks across them.
 
     Attributes:
-        plain: float32 `[rows, query_heads, pools]`, `m_g` in [0, 1].
-        weighted: float32 of the same shape, `sum w_j p_j`, zero for a pool without weights; None
-            where no pool of any of the rows has weights.
+        plain: float32 `[rows, query_heads, pools]`, `m_g` in [0, 1]; 0 on heads not selected.
+        weighted: the same of `sum w_j p_j`, 0 for a pool without weights; None where none has any.
     """
 
     plain: torch.Tensor
@@ -282,8 +279,7 @@ class Coefficients:
     Attributes:
         rest: `[rows, query_heads]`, `c_rest`.
         pools: `[rows, query_heads, pools]`, `c_g`; None without pools.
-        weighted: `[rows, query_heads, pools]`, `d_g`; None for zero, as it must be where
-            `Masses.weighted` is None.
+        weighted: `[rows, query_heads, pools]`, `d_g`; None without weights.
         scale: `[rows, query_heads]`, the head scale; None for 1.
         apply: bool `[rows, query_heads]`; False leaves the stock output untouched to the bit.
             None applies everywhere the plan's heads allow.
@@ -375,7 +371,6 @@ class Calibrator(Protocol):
         """Coefficients from masses, for every row of this method in the step.
 
         Total: whatever finite masses come in, nothing is raised. Each parameter is float32
-        `[rows, query_heads]`, of the same heads as the masses. Entries of heads that are not
-        selected are ignored.
+        `[rows, query_heads]`, of the same heads as the masses. Those not selected are ignored.
         """
         ...
