@@ -21,6 +21,7 @@ Life of a request, in the order the engine calls:
 
 Methods are stateless; what belongs to a request travels in `Bound` and `LayerPlan`. Heads are
 query heads of the whole model, layers are 0-based, positions are absolute in the sequence.
+What a class may declare besides is in `calibrators.capabilities`.
 This module imports neither torch nor numpy, so that admission stays light.
 """
 
@@ -298,8 +299,6 @@ class Coefficients:
 @runtime_checkable
 class Calibrator(Protocol):
     """One calibration method. A class with a no-argument constructor, without state.
-
-    What a class may declare besides is in `calibrators.capabilities`.
 
     Attributes:
         name: identifier in requests, metrics and profiles: lower case, `[a-z][a-z0-9_-]*`.
