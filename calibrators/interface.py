@@ -15,8 +15,8 @@ Life of a request, in the order the engine calls:
 1. `bind` in the front end, before anything reaches the engine: refuse or resolve.
 2. `prefill`, `observe`, `rows` once per request: how to schedule it, what to measure, which
    rows are calibrated.
-3. `resolve` once per request and layer, as soon as what it observes in that layer is known:
-   pools, heads and per-head parameters. Again where a prompt is computed again.
+3. `resolve` once per request and layer, as soon as what it observes is known: pools, heads and
+   per-head parameters. Again where a prompt is computed again, and where more becomes known.
 4. `coefficients` once per layer and step, for *all* rows of this method in the step.
 
 Methods are stateless; what belongs to a request travels in `Bound` and `LayerPlan`. Heads are
@@ -152,42 +152,62 @@ class Prompt:
 class ColumnMeans:
     """Mean attention each prompt key receives from the prompt rows that can see it.
 
-    Yields float32 `[query_heads, P]`, `s_j = sum_{i >= j} p_ij / (P - j)`.
+    Yields float32 `[query_heads, P]`, `s_j = sum_{i >= j} p_ij / (P - j)`, to resolve its layer.
     """
 
     layer: int
+    prefills: ClassVar[frozenset[Prefill]] = frozenset({Prefill.WHOLE})
 
 
 @dataclass(frozen=True, slots=True)
 class ProbabilityBlock:
-    """Probabilities of a block of rows and keys; float32 `[query_heads, rows, keys]`."""
+    """Probabilities of some prompt rows and keys, in one layer, to resolve every layer.
+
+    Yields float32 `[query_heads, rows, keys]`, the keys of all spans in order, 0 where a row does
+    not see a key. All rows come before the last prompt token, which is computed by itself: the
+    block is complete before that one enters any layer. Only rows from it on can be calibrated.
+
+    Attributes:
+        layer: where to measure.
+        rows: prompt positions in ascending order, all before the last.
+        keys: spans within the prompt.
+    """
 
     layer: int
     rows: tuple[int, ...]
     keys: tuple[Span, ...]
+    prefills: ClassVar[frozenset[Prefill]] = frozenset({Prefill.SPLIT_LAST})
 
 
 @dataclass(frozen=True, slots=True)
 class ResidualPeaks:
     """Peak of some channels of the residual stream entering a layer, before its norm.
 
-    Yields float32 `[P]`, `max_{d in channels} |x_d| / sqrt(mean_k x_k^2 + 1e-6)`.
+    Yields float32 `[P]`, `max_{d in channels} |x_d| / sqrt(mean_k x_k^2 + 1e-6)`, to resolve its
+    layer. In a prompt that comes in pieces the layer is resolved after every piece, for the rows
+    of that piece and later ones; positions that are not computed yet read 0, and so do those that
+    a sliding window hides from all these rows. Cached KV with which peaks come must be that of
+    equal settings: a method that asks for them touches prompt KV.
     """
 
     layer: int
     channels: tuple[int, ...]
+    prefills: ClassVar[frozenset[Prefill]] = frozenset(Prefill)
 
 
 @dataclass(frozen=True, slots=True)
 class HeadOutputs:
-    """Per-head outputs of the last prompt row before the output projection.
+    """Per-head outputs of the last prompt row before the output projection, to resolve its layer.
 
-    Yields float32 `[query_heads, head_dim]`. With `without_images` they come from an extra
-    plain prefill of the same prompt without its image tokens.
+    Yields float32 `[query_heads, head_dim]`, after the request's calibration of attention weights
+    and before its heads are scaled. Where the last prompt token is computed by itself, only rows
+    from it on can be calibrated. With `without_images` they come from an extra plain prefill of the
+    same prompt without its image tokens.
     """
 
     layer: int
     without_images: bool = False
+    prefills: ClassVar[frozenset[Prefill]] = frozenset({Prefill.WHOLE, Prefill.SPLIT_LAST})
 
 
 Observation: TypeAlias = ColumnMeans | ProbabilityBlock | ResidualPeaks | HeadOutputs
@@ -349,8 +369,13 @@ class Calibrator(Protocol):
         """How the prompt may be cut into steps."""
         ...
 
-    def observe(self, bound: Bound) -> Sequence[Observation]:
-        """What to measure, on unmodified probabilities of each layer."""
+    def observe(self, bound: Bound, prompt: Prompt) -> Sequence[Observation]:
+        """What to measure, before this method changes anything in the layer that is measured.
+
+        An observation's `prefills` are the policies under which it is known in time. Asked in the
+        front end, too, where the prompt is not known and has length 0: which kinds are observed in
+        which layers depends on the settings alone.
+        """
         ...
 
     def rows(self, bound: Bound, prompt: Prompt) -> Rows:
@@ -362,7 +387,7 @@ class Calibrator(Protocol):
     ) -> LayerPlan | None:
         """Pools, heads and parameters in one layer; None where the layer is left alone.
 
-        `observed` has what `observe` named in this layer.
+        `observed` has what `observe` named in this layer, and all blocks of probabilities.
         """
         ...
 

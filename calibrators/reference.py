@@ -124,3 +124,13 @@ def recombine(
         each = factor if factor.dim() == probability.dim() else factor[..., None]
         result = torch.where(pool, probability * each, result)
     return result
+
+
+def residual_peaks(stream: Tensor, channels: Tensor) -> Tensor:
+    """`max_{d in channels} |x_d| / sqrt(mean_k x_k^2 + 1e-6)` of each token; `[tokens]`.
+
+    Args:
+        stream: `[tokens, hidden_size]`, what enters a layer, before its norm.
+        channels: int64 `[n]`, at least one.
+    """
+    return stream[:, channels].abs().amax(-1) / (stream.pow(2).mean(-1) + 1e-6).sqrt()

@@ -102,7 +102,7 @@ class ZeroTuning:
         """Any chunks: a row depends on keys at or before it alone."""
         return Prefill.ANY
 
-    def observe(self, bound: Bound) -> tuple[Observation, ...]:  # noqa: ARG002
+    def observe(self, bound: Bound, prompt: Prompt) -> tuple[Observation, ...]:  # noqa: ARG002
         """Nothing."""
         return ()
 

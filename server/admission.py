@@ -22,9 +22,11 @@ from calibrators.interface import (
     Bound,
     CalibrationError,
     Calibrator,
-    ColumnMeans,
+    HeadOutputs,
     ModelFacts,
     Prefill,
+    Prompt,
+    ResidualPeaks,
 )
 from server.engine.facts import StepLimit
 
@@ -253,13 +255,17 @@ class Admission:
 
     def _check_supported(self, calibrator: Calibrator, bound: Bound, path: str) -> None:
         """Refuse what a method asks for and this engine cannot do."""
-        observations = calibrator.observe(bound)
+        observations = calibrator.observe(bound, Prompt(0))
         if not observations:
             return
-        if not all(isinstance(observation, ColumnMeans) for observation in observations):
+        prefill = calibrator.prefill(bound)
+        peaks = any(isinstance(observation, ResidualPeaks) for observation in observations)
+        if any(isinstance(each, HeadOutputs) and each.without_images for each in observations):
             reason = "needs observations that this version of the engine does not provide"
-        elif calibrator.prefill(bound) is not Prefill.WHOLE:
-            reason = "observes a prompt that it does not ask to have in one step"
+        elif not all(prefill in observation.prefills for observation in observations):
+            reason = "observes what is not known in time with the prompt cut as it asks"
+        elif peaks and not calibrator.touches_prompt_kv:
+            reason = "observes the residual stream of prompts whose cached KV it shares with others"
         elif self._ranks > 1:
             reason = (
                 "observes all heads of a layer, of which each tensor-parallel rank has a part: "

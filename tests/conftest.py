@@ -82,7 +82,7 @@ class FakeCalibrator:
     def prefill(self, bound):
         return Prefill.ANY
 
-    def observe(self, bound):
+    def observe(self, bound, prompt):
         return ()
 
     def rows(self, bound, prompt):

@@ -10,14 +10,14 @@ import numpy.typing as npt
 import torch
 
 from calibrators.interface import Rows
-from server.engine.programs import Program
-from server.engine.requests import CalibratedRequest, RequestTable
 from server.kernels.partials import TILE, RowMap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from calibrators.interface import IntArray
+    from server.engine.programs import Program
+    from server.engine.requests import CalibratedRequest, RequestTable
 
 EVERY = Rows()
 
@@ -81,9 +81,25 @@ def row_map(batch: Sequence[Member], programs: Sequence[Program] | None = None) 
     keep = None if programs is None else _calibrated(batch, programs, slot, position)
     if keep is not None:
         slot, position, token = slot[keep], position[keep], token[keep]
+    return _mapped(token, request[slot], slot, position)
+
+
+def rows_at(member: Member, positions: IntArray) -> RowMap:
+    """The rows of one request, slot 0, at positions `start <= i < stop` in ascending order."""
+    position = positions.astype(np.int64)
+    nothing = np.zeros_like(position)
+    return _mapped(position - member.start + member.token, nothing + member.row, nothing, position)
+
+
+def _mapped(
+    token: npt.NDArray[np.int64],
+    request: npt.NDArray[np.int64],
+    slot: npt.NDArray[np.int64],
+    position: npt.NDArray[np.int64],
+) -> RowMap:
     return RowMap(
         token=torch.from_numpy(token),
-        request=torch.from_numpy(request[slot].astype(np.int32)),
+        request=torch.from_numpy(request.astype(np.int32)),
         slot=torch.from_numpy(slot.astype(np.int32)),
         position=torch.from_numpy(position.astype(np.int32)),
         tiles=torch.from_numpy(_tiles(slot, position)),

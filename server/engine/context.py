@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from calibrators.interface import Prompt
@@ -26,6 +26,8 @@ class StepContext:
         request_ids: ids by row of the batch, as the model runner orders them right now.
         union: brings what the ranks did together.
         gather: brings their heads together; None where this one has them all.
+        follow: has the residual stream shown to the plan on its way into these layers, and no
+            others.
     """
 
     def __init__(
@@ -34,11 +36,13 @@ class StepContext:
         request_ids: Callable[[], Sequence[str]],
         union: Union = alone,
         gather: Gather | None = None,
+        follow: Callable[[Iterable[int]], None] = lambda _: None,
     ) -> None:
         self._table = table
         self._request_ids = request_ids
         self._union = union
         self._gather = gather
+        self._follow = follow
         self._planner = Planner(gather)
         self._scheduled: list[str] = []
         self._plan: StepPlan | None = None
@@ -58,6 +62,7 @@ class StepContext:
             new_ids = [new.req_id for new in scheduler_output.scheduled_new_reqs]
             settle([self._table.get(request_id) for request_id in new_ids], self._gather)
         self._plan = None
+        self._follow(())
         self._scheduled = [
             request_id
             for request_id in (scheduler_output.num_scheduled_tokens if len(self._table) else ())
@@ -79,6 +84,7 @@ class StepContext:
                 metadata.seq_lens[:rows].tolist(),
             )
             self._plan = self._planner.plan(batch)
+            self._follow(self._plan.followed())
         return self._plan
 
     def finish(self) -> Mapping[str, Report]:

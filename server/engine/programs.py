@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,15 @@ from calibrators.capabilities import across_heads
 from calibrators.interface import (
     Bound,
     Calibrator,
-    ColumnMeans,
     LayerPlan,
     ModelFacts,
-    Observation,
     Observed,
     Prompt,
 )
 from server.engine.payload import Tally
 from server.engine.pools import LayerPools
+from server.engine.taps.making import make_taps
+from server.engine.taps.peaks import PeakTable
 
 if TYPE_CHECKING:
     from calibrators.interface import FloatArray
@@ -44,8 +44,10 @@ class Program:
     Attributes:
         calibrator: its method.
         prompt: geometry of the prompt.
+        prefill: how it asked to have the prompt cut.
         rows: which positions are calibrated.
-        observed: layers in which something has to be measured.
+        taps: what has to be measured.
+        observed: layers that are resolved when something was measured.
         own: the heads of this rank among those of the model.
         heads: bool `[layers, heads of this rank]`.
         active: bool `[layers]`, whether any head is selected: of this rank, or of the model for a
@@ -62,6 +64,7 @@ class Program:
         prompt: Prompt,
         facts: ModelFacts,
         shard: HeadShard,
+        peaks: PeakTable,
     ) -> None:
         self.calibrator = calibrator
         self.prompt = prompt
@@ -69,8 +72,14 @@ class Program:
         self.own = slice(shard.start, shard.stop)
         self._known = slice(0, facts.query_heads) if across_heads(calibrator) else self.own
         shape = facts.layers, shard.stop - shard.start
+        self.prefill = calibrator.prefill(bound)
         self.rows = calibrator.rows(bound, prompt)
-        self.observed = _layers(calibrator.observe(bound), facts, shape[1])
+        self.taps = make_taps(calibrator, bound, prompt, self.rows, facts, peaks)
+        if self.taps and shape[1] != facts.query_heads:
+            raise NotImplementedError("observations of a part of the heads")
+        self.observed = frozenset(tap.layer for tap in self.taps)
+        if not all(tap.local for tap in self.taps):
+            self.observed = frozenset(range(facts.layers))
         self.heads = np.zeros(shape, np.bool_)
         self.active = np.zeros(facts.layers, np.bool_)
         wide = facts.layers, self._known.stop - self._known.start
@@ -134,15 +143,3 @@ class Program:
         if per_head.shape != (self._facts.query_heads,):
             raise ValueError(f"a plan has {per_head.shape} in place of one entry per query head")
         return per_head[heads]
-
-
-def _layers(
-    observations: Sequence[Observation], facts: ModelFacts, own_heads: int
-) -> frozenset[int]:
-    """Where column means are asked for; anything else cannot be measured."""
-    for observation in observations:
-        if not isinstance(observation, ColumnMeans) or observation.layer not in range(facts.layers):
-            raise NotImplementedError(f"{observation} cannot be measured")
-    if observations and own_heads != facts.query_heads:
-        raise NotImplementedError("observations of a part of the heads")
-    return frozenset(observation.layer for observation in observations)

@@ -13,6 +13,7 @@ from calibrators.interface import Bound, Calibrator, ModelFacts, Prompt, Rows
 from server.engine.guard import attempt
 from server.engine.payload import Payload
 from server.engine.programs import HeadShard, Program
+from server.engine.taps.peaks import PeakTable
 
 if TYPE_CHECKING:
     from calibrators.interface import IntArray
@@ -51,6 +52,7 @@ class RequestTable:
         self._calibrators = calibrators
         self._facts = facts
         self._shard = shard
+        self._peaks = PeakTable()
         self._requests: dict[str, CalibratedRequest] = {}
 
     def __len__(self) -> int:
@@ -94,7 +96,7 @@ class RequestTable:
 
     def _program(self, bound: Bound, prompt: Prompt) -> Program:
         calibrator = self._calibrators[bound.method]
-        return Program(calibrator, bound, prompt, self._facts, self._shard)
+        return Program(calibrator, bound, prompt, self._facts, self._shard, self._peaks)
 
 
 def positions(rows: Rows, start: int, stop: int, prompt_length: int) -> IntArray:

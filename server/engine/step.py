@@ -16,7 +16,8 @@ from server.engine.programs import Program
 from server.engine.ranks import Gather, Share, Union, alone
 from server.engine.rewrites import rewrite
 from server.engine.stack import Stack
-from server.engine.taps import Taps
+from server.engine.taps.step import StepTaps
+from server.engine.taps.tap import View
 from server.kernels import cpu as kernels
 from server.kernels.partials import AttentionGeometry, PagedCache
 
@@ -36,9 +37,19 @@ class MethodStep:
         self._batch = batch
         self._programs = programs
         self._stack = stack
-        self._taps = Taps(batch, programs, stack)
+        self._taps = StepTaps(batch, programs, stack)
         self._rows = row_map(batch, programs)
         self._rewrite = rewrite(self.calibrator, stack, self._rows, gather)
+
+    def followed(self) -> set[int]:
+        """Layers into which the residual stream has to be followed."""
+        return self._taps.followed()
+
+    def enter(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """See what enters a layer."""
+        started = time.perf_counter()
+        self._taps.enter(layer, hidden, residual)
+        self.seconds += time.perf_counter() - started
 
     def apply(
         self,
@@ -50,7 +61,7 @@ class MethodStep:
     ) -> None:
         """Rewrite this method's rows of the stock `output` `[tokens, heads, head_dim]`."""
         started = time.perf_counter()
-        self._taps.resolve(layer, query, cache, geometry)
+        self._taps.resolve(layer, View(query, output, cache, geometry))
         if layer in self._stack.active and len(self._rows.token):
             heads = self._stack.heads[layer]
             attention = kernels.Attention(query, cache, self._rows, heads, geometry)
@@ -102,6 +113,15 @@ class StepPlan:
     def __init__(self, batch: Sequence[Member], methods: Sequence[MethodStep]) -> None:
         self._batch = batch
         self._methods = methods
+
+    def followed(self) -> set[int]:
+        """Layers into which the residual stream has to be followed."""
+        return set().union(*(method.followed() for method in self._methods))
+
+    def enter(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """Let methods see `[tokens, hidden_size]` on its way into one layer; the sum of both."""
+        for method in self._methods:
+            method.enter(layer, hidden, residual)
 
     def apply(
         self,

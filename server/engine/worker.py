@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import CompilationMode, get_layers_from_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -22,6 +22,7 @@ from server.engine.payload import Report
 from server.engine.programs import HeadShard
 from server.engine.ranks import across, heads_across
 from server.engine.requests import RequestTable
+from server.engine.residual import ResidualStream
 from server.kernels import cpu as kernels
 
 if TYPE_CHECKING:
@@ -39,7 +40,17 @@ class CalibratedCPUWorker(CPUWorker):
     """CPU worker that calibrates."""
 
     calibration: StepContext | None = None
+    _residual: ResidualStream
     _reports: Mapping[str, Report] = MappingProxyType({})
+
+    def load_model(self, **options: Any) -> None:  # noqa: ANN401
+        """Load as vLLM does, then find the decoder layers; compilation comes next."""
+        super().load_model(**options)
+        self._residual = ResidualStream(
+            self.model_runner.model,
+            {name: extract_layer_index(name) for name, _ in self._decoders()},
+            compiled=self.vllm_config.compilation_config.mode != CompilationMode.NONE,
+        )
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Set up the KV cache as vLLM does, then wire calibration to builders and layers."""
@@ -53,6 +64,7 @@ class CalibratedCPUWorker(CPUWorker):
             lambda: self.model_runner.input_batch.req_ids,
             across(ranks),
             heads_across(ranks),
+            self._residual.follow,
         )
         for groups in self.model_runner.attn_groups:
             for group in groups:
@@ -82,11 +94,13 @@ class CalibratedCPUWorker(CPUWorker):
             self._reports = MappingProxyType({})
         return output
 
-    def _attach_layers(self, query_heads: int) -> None:
+    def _decoders(self) -> list[tuple[str, Any]]:
+        """Names and attention layers of the language model."""
         layers = get_layers_from_vllm_config(self.vllm_config, Attention)
-        for name, layer in layers.items():
-            if layer.attn_type != "decoder":
-                continue
+        return [pair for pair in layers.items() if pair[1].attn_type == "decoder"]
+
+    def _attach_layers(self, query_heads: int) -> None:
+        for name, layer in self._decoders():
             reason = unreadable(layer)
             if layer.num_heads != query_heads:
                 reason = f"a rank has {layer.num_heads} of its query heads, not {query_heads}"

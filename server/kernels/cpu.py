@@ -19,7 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.kernels import cpu_columns, cpu_lse, cpu_partials, cpu_pools, cpu_rescale
+from server.kernels import (
+    cpu_columns,
+    cpu_lse,
+    cpu_partials,
+    cpu_pools,
+    cpu_probabilities,
+    cpu_rescale,
+)
 from server.kernels.cpu_vector import PAIRS
 from server.kernels.partials import (
     Array,
@@ -104,6 +111,32 @@ class Attention:
             self._heads,
             self._model,
             self.log_sum_exp.numpy(),
+            out.numpy(),
+        )
+        return out
+
+    def probabilities(self, keys: Array) -> Tensor:
+        """`p_ij` of some keys, whatever the rows' requests; 0 where a row does not see a key.
+
+        float32 `[query_heads, rows, keys]`, zero on heads that are not selected.
+
+        Args:
+            keys: int32 `[n]`, positions.
+        """
+        rows, query_heads, head_dim = self._shape
+        out = torch.zeros(query_heads, rows, len(keys))
+        _run(
+            cpu_probabilities.serial,
+            cpu_probabilities.parallel,
+            *self._query,
+            self._pages,
+            head_dim,
+            self._table,
+            self._rows,
+            self._heads,
+            self._model,
+            self.log_sum_exp.numpy(),
+            keys,
             out.numpy(),
         )
         return out
@@ -201,6 +234,7 @@ def warm_up(dtype: torch.dtype, query_heads: int, kv_heads: int, head_dim: int, 
     geometry = AttentionGeometry(1.0, 0.0, 0, none, none)
     attention = Attention(tokens, cache, rows, heads, geometry)
     attention.column_means()
+    attention.probabilities(index.numpy())
     partials = attention.pool_partials(pools)
     rest = partials.mass[..., 0].contiguous()
     combine(tokens, rows, heads, partials, partials.mass, rest)

@@ -53,7 +53,7 @@ def test_settings_of_another_method_are_a_mistake_of_the_caller(make_facts, make
 def test_any_prefill_nothing_observed_every_row(make_facts):
     bound = bind(make_facts(), gamma=2)
     assert METHOD.prefill(bound) is Prefill.ANY
-    assert METHOD.observe(bound) == ()
+    assert METHOD.observe(bound, PROMPT) == ()
     assert METHOD.rows(bound, PROMPT) == Rows(first=0, skip=())
 
 

@@ -168,37 +168,52 @@ def test_vision_methods_need_a_vision_model(make_admission, make_facts):
 def observing(make_calibrator):
     """A calibrator that observes, and how it has its prompt cut."""
 
-    def make(*observations, prefill=Prefill.WHOLE):
+    def make(*observations, prefill=Prefill.WHOLE, **attributes):
         return make_calibrator(
             "needy",
-            observe=lambda self, bound: observations,
+            observe=lambda self, bound, prompt: observations,
             prefill=lambda self, bound: prefill,
+            **attributes,
         )
 
     return make
 
 
-def test_column_means_of_a_whole_prompt_are_admitted(make_admission, observing):
-    admission = make_admission(observing(ColumnMeans(0), ColumnMeans(2)))
-    assert admission.admit("needy").prefill.policy is Prefill.WHOLE
+BLOCK = ProbabilityBlock(0, (), (Span(0, 0),))
+IN_TIME = [
+    (ColumnMeans(0), {Prefill.WHOLE}),
+    (BLOCK, {Prefill.SPLIT_LAST}),
+    (HeadOutputs(0), {Prefill.WHOLE, Prefill.SPLIT_LAST}),
+    (ResidualPeaks(0, (1,)), {Prefill.ANY, Prefill.WHOLE, Prefill.SPLIT_LAST}),
+]
 
 
-@pytest.mark.parametrize(
-    "observation",
-    [ProbabilityBlock(0, (1,), (Span(0, 1),)), ResidualPeaks(0, (1,)), HeadOutputs(0)],
-    ids=str,
-)
-def test_what_the_engine_cannot_measure_is_refused(make_admission, observing, observation):
-    refusal = refused("needy", make_admission(observing(ColumnMeans(0), observation)))
+@pytest.mark.parametrize("policy", Prefill)
+@pytest.mark.parametrize(("observation", "policies"), IN_TIME, ids=str)
+def test_what_is_known_in_time_is_admitted(
+    make_admission, observing, observation, policies, policy
+):
+    admission = make_admission(observing(observation, prefill=policy))
+    if policy in policies:
+        assert admission.admit("needy").prefill.policy is policy
+    else:
+        refusal = refused("needy", admission)
+        assert (refusal.reason, refusal.method) == ("unsupported_feature", "needy")
+        assert "not known in time" in refusal.message
+
+
+def test_what_the_engine_cannot_measure_is_refused(make_admission, observing):
+    without = HeadOutputs(0, without_images=True)
+    refusal = refused("needy", make_admission(observing(HeadOutputs(0), without)))
     assert (refusal.reason, refusal.method) == ("unsupported_feature", "needy")
     assert "does not provide" in refusal.message
 
 
-@pytest.mark.parametrize("policy", [Prefill.ANY, Prefill.SPLIT_LAST])
-def test_column_means_of_a_prompt_in_pieces_are_refused(make_admission, observing, policy):
-    refusal = refused("needy", make_admission(observing(ColumnMeans(0), prefill=policy)))
+def test_peaks_of_cached_kv_that_all_share_are_refused(make_admission, observing):
+    peaky = observing(ResidualPeaks(0, (1,)), prefill=Prefill.ANY, touches_prompt_kv=False)
+    refusal = refused("needy", make_admission(peaky))
     assert (refusal.reason, refusal.method) == ("unsupported_feature", "needy")
-    assert "one step" in refusal.message
+    assert "cached KV" in refusal.message
 
 
 def test_observations_over_the_heads_of_several_ranks_are_refused(make_admission, observing):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 3, 6, 2, 32, 32
 PAGES = 4
 SCALE = HEAD_DIM**-0.5
 Rewrite = Callable[[int, Tensor], Tensor]
+EPS = torch.finfo(torch.float32).eps
 
 
 class Toy:
@@ -61,38 +63,45 @@ class Toy:
         edges = [0, *torch.tensor(sizes).cumsum(0).tolist()]
         batch = members(self.table, [*spans], edges, [stop for _, stop in spans.values()])
         plan = self.planner.plan(batch)
+        followed = plan.followed()
         hidden = torch.cat([self.embeddings[n][slice(*span)] for n, span in spans.items()])
         block_table = torch.stack([self.tables[name] for name in spans])
         for layer in range(LAYERS):
+            if layer in followed:
+                # The stream comes as a sum, but for the first layer's; this one is exact.
+                whole = hidden.round()
+                plan.enter(layer, *((hidden - whole, whole) if layer else (hidden, None)))
             query, key, value = self.project(layer, hidden)
             stock = torch.empty_like(query)
-            for (name, (start, stop)), at in zip(spans.items(), edges, strict=False):
-                rows = slice(at, at + stop - start)
-                keys, values = self._write(layer, name, start, key[rows], value[rows])
-                stock[rows] = self._attend(query[rows], keys, values, start)
+            parts = [slice(*ends) for ends in pairwise(edges)]
+            # A request may read what another writes in the same step.
+            for (name, (start, _)), rows in zip(spans.items(), parts, strict=True):
+                self._write(layer, name, start, key[rows], value[rows])
+            for (name, (start, stop)), rows in zip(spans.items(), parts, strict=True):
+                stock[rows] = self._attend(query[rows], *self._read(layer, name, stop), start)
             output = stock.clone()
             cache = PagedCache(self.pages[layer], block_table)
             plan.apply(layer, query, output, cache, self.geometry)
-            for name, rows in zip(spans, map(slice, edges, edges[1:]), strict=True):
+            for name, rows in zip(spans, parts, strict=True):
                 if self.table.get(name) is None:
                     assert torch.equal(output[rows], stock[rows])
             hidden = hidden + output.flatten(1)
         plan.finish()
         return dict(zip(spans, hidden.split(sizes), strict=True))
 
-    def _write(
-        self, layer: int, name: str, start: int, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Put keys and values into the pages; all of the request's so far."""
+    def _write(self, layer: int, name: str, start: int, key: Tensor, value: Tensor) -> None:
+        """Put keys and values into the pages."""
         for i in range(len(key)):
             index, j = divmod(start + i, BLOCK)
             page = self.pages[layer][self.tables[name][index]]
             page[:, 0].view(KV_HEADS, HEAD_DIM, BLOCK)[:, :, j] = key[i]
             page[:, 1].view(KV_HEADS, BLOCK, HEAD_DIM)[:, j] = value[i]
+
+    def _read(self, layer: int, name: str, stop: int) -> tuple[Tensor, Tensor]:
+        """All keys and values of a request so far."""
         own = self.pages[layer][self.tables[name].long()]
         keys = own[:, :, 0].view(PAGES, KV_HEADS, HEAD_DIM, BLOCK).permute(0, 3, 1, 2)
         values = own[:, :, 1].view(PAGES, KV_HEADS, BLOCK, HEAD_DIM).permute(0, 2, 1, 3)
-        stop = start + len(key)
         return keys.flatten(0, 1)[:stop], values.flatten(0, 1)[:stop]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, start: int) -> Tensor:
@@ -101,11 +110,29 @@ class Toy:
         return reference.attend(p, value)
 
     def dense(self, name: str, rewrite: Rewrite, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Final hidden states of the whole sequence, `rewrite(layer, probabilities)` applied."""
+        """Final hidden states of the whole sequence, `rewrite(layer, probabilities)` applied.
+
+        What enters the layer, and its values, are `self.hidden` and `self.value` meanwhile.
+        """
         hidden = self.embeddings[name].to(dtype)
         positions = torch.arange(len(hidden))
         for layer in range(LAYERS):
             query, key, value = self.project(layer, hidden)
+            self.hidden, self.value = hidden, value
             p = reference.probabilities(query, key, positions, reference.Geometry(SCALE))
             hidden = hidden + reference.attend(rewrite(layer, p), value).flatten(1)
         return hidden
+
+
+def check(toy: Toy, name: str, rewrite: Rewrite, found: Tensor, start: int = 0) -> None:
+    """Within twice the error of an independent float32 run, plus a band of float32 rounding."""
+    rows = slice(start, start + len(found))
+    exact = toy.dense(name, rewrite)[rows]
+    rough = toy.dense(name, rewrite, torch.float32)[rows]
+    budget = 2 * (rough - exact).abs().max() + 32 * EPS * exact.abs().max()
+    assert (found - exact).abs().max() <= budget
+
+
+def clear_of(values: Tensor, bound: float) -> None:
+    """No value is so near that float32 could take it for the other side."""
+    assert ((values - bound).abs() > 64 * EPS * bound).all()

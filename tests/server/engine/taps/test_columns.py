@@ -14,11 +14,12 @@ from calibrators.interface import (
     Bound,
     Coefficients,
     ColumnMeans,
+    HeadOutputs,
     LayerPlan,
     Pool,
     Prefill,
+    ProbabilityBlock,
     Prompt,
-    ResidualPeaks,
     Span,
     Threshold,
 )
@@ -26,9 +27,7 @@ from calibrators.settings import CalibrationSettings
 from server.engine import step
 from server.engine.programs import HeadShard
 from tests.conftest import FakeCalibrator
-from tests.server.engine.toy import HEADS, LAYERS, Toy
-
-EPS = torch.finfo(torch.float32).eps
+from tests.server.engine.toy import HEADS, LAYERS, Toy, check, clear_of
 
 
 class SinksSettings(CalibrationSettings):
@@ -50,7 +49,7 @@ class Sinks(FakeCalibrator):
     def prefill(self, bound):
         return Prefill.WHOLE
 
-    def observe(self, bound):
+    def observe(self, bound, prompt):
         return [ColumnMeans(layer) for layer in range(1, LAYERS)]
 
     def resolve(self, bound, layer, facts, prompt, observed):
@@ -101,22 +100,8 @@ def act(settings: dict[str, Any], prompt: int, layer: int, p: torch.Tensor) -> t
     return torch.where(own[:, None], changed, p)
 
 
-def clear_of(values: torch.Tensor, bound: float) -> None:
-    """No value is so near that float32 could take it for the other side."""
-    assert ((values - bound).abs() > 64 * EPS * bound).all()
-
-
 def zerotuning(gamma: float, layer: int, p: torch.Tensor) -> torch.Tensor:
     return reference.zerotuning(p, torch.tensor(gamma, dtype=p.dtype))
-
-
-def check(toy: Toy, name: str, rewrite, found: torch.Tensor, start: int = 0) -> None:
-    """Within twice the error of an independent float32 run, plus a band of float32 rounding."""
-    rows = slice(start, start + len(found))
-    exact = toy.dense(name, rewrite)[rows]
-    rough = toy.dense(name, rewrite, torch.float32)[rows]
-    budget = 2 * (rough - exact).abs().max() + 32 * EPS * exact.abs().max()
-    assert (found - exact).abs().max() <= budget
 
 
 PROMPTS = {"a": 70, "b": 33, "p": 40, "z": 50, "c": 20}
@@ -267,11 +252,12 @@ def test_statistics_of_plans_are_means_over_layers(toy):
 
 
 @pytest.mark.parametrize(
-    "observation", [ColumnMeans(LAYERS), ColumnMeans(-1), ResidualPeaks(1, ())]
+    "observation",
+    [ColumnMeans(LAYERS), ColumnMeans(-1), ProbabilityBlock(1, (0,), ()), HeadOutputs(1, True)],
 )
 def test_what_cannot_be_measured_fails_at_once(make_table, extra_args, observation):
     class Other(Sinks):
-        def observe(self, bound):
+        def observe(self, bound, prompt):
             return [observation]
 
     table = make_table(Other())

@@ -1,0 +1,1 @@
+"""What calibrators want to see of a prompt: one module per kind of observation."""

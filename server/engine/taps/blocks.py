@@ -1,0 +1,57 @@
+"""A block of a prompt's attention probabilities, gathered over the steps it comes in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from server.engine.batch import rows_at
+
+if TYPE_CHECKING:
+    from calibrators.interface import FloatArray, ProbabilityBlock
+    from server.engine.batch import Member
+    from server.engine.taps.tap import View
+
+
+class BlockTap:
+    """Probabilities of some rows and keys.
+
+    Rows are computed in order, from the first: their prompt reads no cached KV. A prompt that comes
+    again is measured again.
+    """
+
+    local = False
+
+    def __init__(self, observation: ProbabilityBlock, query_heads: int) -> None:
+        self.observation = observation
+        self.layer = observation.layer
+        self._rows = np.array(observation.rows, np.int32)
+        spans = [np.arange(span.start, span.stop, dtype=np.int32) for span in observation.keys]
+        self._keys = np.concatenate(spans) if spans else np.empty(0, np.int32)
+        self._shape = query_heads, len(self._rows), len(self._keys)
+        self._block: FloatArray | None = None
+        self._taken = 0
+
+    def due(self, start: int, stop: int) -> bool:
+        """Where some of the rows are."""
+        first, last = np.searchsorted(self._rows, (start, stop))
+        return bool(first < last)
+
+    def take(self, member: Member, view: View) -> None:
+        """Add the rows of a step to those before."""
+        first, last = np.searchsorted(self._rows, (member.start, member.stop))
+        if first == 0:
+            self._block, self._taken = np.empty(self._shape, np.float32), 0
+        if self._block is None or first > self._taken:
+            return
+        attention = view.attention(rows_at(member, self._rows[first:last]))
+        self._block[:, first:last] = attention.probabilities(self._keys).numpy()
+        self._taken = int(last)
+
+    def value(self) -> FloatArray | None:
+        """`[query_heads, rows, keys]`; not kept."""
+        if not len(self._rows):
+            return np.empty(self._shape, np.float32)
+        block, self._block = self._block, None
+        return block if self._taken == len(self._rows) else None

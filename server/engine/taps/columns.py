@@ -1,0 +1,39 @@
+"""Column means of a prompt's attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from server.engine.batch import row_map
+
+if TYPE_CHECKING:
+    from calibrators.interface import ColumnMeans, FloatArray
+    from server.engine.batch import Member
+    from server.engine.taps.tap import View
+
+
+class ColumnTap:
+    """Means over the rows of a whole prompt, which comes in one step."""
+
+    local = True
+
+    def __init__(self, observation: ColumnMeans, length: int) -> None:
+        self.observation = observation
+        self.layer = observation.layer
+        self._length = length
+        self._means: FloatArray | None = None
+
+    def due(self, start: int, stop: int) -> bool:
+        """Where the whole prompt is in the step."""
+        return start == 0 and stop == self._length
+
+    def take(self, member: Member, view: View) -> None:
+        """All columns, in a pass of their own over the keys."""
+        rows = row_map([replace(member, stop=self._length)])
+        self._means = view.attention(rows).column_means().numpy()
+
+    def value(self) -> FloatArray | None:
+        """`[query_heads, P]`."""
+        means, self._means = self._means, None
+        return means

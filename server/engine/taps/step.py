@@ -1,0 +1,128 @@
+"""One method's observations in one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calibrators.interface import Prefill
+from server.engine.guard import attempt
+from server.engine.taps.peaks import PeakTap
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from calibrators.interface import FloatArray, Observation
+    from server.engine.batch import Member
+    from server.engine.programs import Program
+    from server.engine.stack import Stack
+    from server.engine.taps.tap import Tap, View
+
+
+class StepTaps:
+    """Measures what a method observes in the prompts of a step, and has it resolve its layers.
+
+    A prompt that is computed again is measured again. If one was cut otherwise than its method
+    asked, or anything of it is missing or not finite, its request fails.
+    """
+
+    def __init__(self, batch: Sequence[Member], programs: Sequence[Program], stack: Stack) -> None:
+        self._batch = batch
+        self._programs = programs
+        self._stack = stack
+        self._due: dict[int, list[tuple[int, Tap]]] = {}
+        self._ready: dict[int, list[int]] = {}
+        self._observed: dict[int, dict[Observation, FloatArray]] = {}
+        for slot, (member, program) in enumerate(zip(batch, programs, strict=True)):
+            length = program.prompt.length
+            if not program.taps or member.start >= length or member.request.failed:
+                continue
+            if _cut_as_asked(program.prefill, member, length):
+                self._watch(slot, member.start, min(member.stop, length))
+            else:
+                self._fail(slot)
+
+    def followed(self) -> set[int]:
+        """Layers into which the residual stream has to be followed."""
+        due = self._due.items()
+        return {layer for layer, taps in due if any(isinstance(tap, PeakTap) for _, tap in taps)}
+
+    def enter(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """Look at the residual stream that enters a layer."""
+        for slot, tap in self._alive(layer):
+            if isinstance(tap, PeakTap):
+                tap.enter(self._batch[slot], hidden, residual)
+
+    def resolve(self, layer: int, view: View) -> None:
+        """Measure in a layer, and resolve it where nothing is missing any more."""
+        due = self._alive(layer)
+        # A block may be in the prefix cache already that a neighbour computes in this step: all
+        # have to put down what they know before anybody reads.
+        for slot, tap in due:
+            tap.take(self._batch[slot], view)
+        slots = [s for s in self._ready.get(layer, ()) if not self._batch[s].request.failed]
+        for slot in slots:
+            if self._observe(slot, [tap for s, tap in due if s == slot and tap.local]):
+                self._resolve(slot, layer)
+        if slots:
+            self._stack.renew(layer)
+
+    def _alive(self, layer: int) -> list[tuple[int, Tap]]:
+        due = self._due.get(layer, ())
+        return [(slot, tap) for slot, tap in due if not self._batch[slot].request.failed]
+
+    def _watch(self, slot: int, start: int, stop: int) -> None:
+        """Find what to measure in a stretch of a prompt, and which layers that settles."""
+        program = self._programs[slot]
+        for tap in program.taps:
+            if tap.due(start, stop):
+                self._due.setdefault(tap.layer, []).append((slot, tap))
+        late = [tap for tap in program.taps if not tap.local]
+        if late and stop < program.prompt.length:
+            return
+        local = [tap for tap in program.taps if tap.local]
+        missing = {tap.layer for tap in local if not tap.due(start, stop)}
+        for layer in {tap.layer for tap in local} - missing:
+            self._ready.setdefault(layer, []).append(slot)
+        if late and self._observe(slot, late):
+            for layer in program.observed - {tap.layer for tap in local}:
+                self._resolve(slot, layer)
+                self._stack.renew(layer)
+
+    def _observe(self, slot: int, taps: Sequence[Tap]) -> bool:
+        """Take up what taps have measured; whether it is all there and finite."""
+        for tap in taps:
+            values = tap.value()
+            if values is None or not np.isfinite(values).all():
+                self._fail(slot)
+                return False
+            self._observed.setdefault(slot, {})[tap.observation] = values
+        return True
+
+    def _resolve(self, slot: int, layer: int) -> None:
+        """Have a program resolve a layer with what it observes there, and with its blocks."""
+        program, observed = self._programs[slot], self._observed[slot]
+        seen = {
+            tap.observation: observed[tap.observation]
+            for tap in program.taps
+            if tap.layer == layer or not tap.local
+        }
+        if attempt(program.calibrator.name, partial(program.resolve, layer, seen)) is None:
+            self._fail(slot)
+
+    def _fail(self, slot: int) -> None:
+        self._batch[slot].request.failed = True
+        self._programs[slot].abandon()
+        for layer in range(len(self._stack.heads)):
+            self._stack.renew(layer)
+
+
+def _cut_as_asked(prefill: Prefill, member: Member, length: int) -> bool:
+    if prefill is Prefill.WHOLE:
+        return member.start == 0 and member.stop >= length
+    if prefill is Prefill.SPLIT_LAST:
+        return member.stop < length or member.start == length - 1
+    return True

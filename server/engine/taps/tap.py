@@ -1,0 +1,69 @@
+"""The shape that all kinds of observation share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from server.kernels.cpu import Attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from calibrators.interface import FloatArray, Observation
+    from server.engine.batch import Member
+    from server.kernels.partials import AttentionGeometry, PagedCache, RowMap
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A layer in the middle of a step, before a method rewrites its output.
+
+    Attributes:
+        query: `[tokens, query_heads, head_dim]`.
+        output: of the same shape, as the methods before have left it.
+        cache: the layer's pages, this step's keys and values among them.
+        geometry: how logits are formed.
+    """
+
+    query: Tensor
+    output: Tensor
+    cache: PagedCache
+    geometry: AttentionGeometry
+
+    def attention(self, rows: RowMap) -> Attention:
+        """Unmodified attention of some rows of one request, all heads."""
+        heads = torch.ones(1, self.query.shape[1], dtype=torch.bool)
+        return Attention(self.query, self.cache, rows, heads, self.geometry)
+
+
+class Tap(Protocol):
+    """One observation of one request, measured while its prompt goes by.
+
+    Attributes:
+        layer: where it is measured.
+        local: resolves its own layer, right there; otherwise every layer, before the last prompt
+            row.
+    """
+
+    layer: int
+    local: bool
+
+    @property
+    def observation(self) -> Observation:
+        """What the calibrator asked for."""
+        ...
+
+    def due(self, start: int, stop: int) -> bool:
+        """Whether there is something to measure in prompt rows `start <= i < stop`."""
+        ...
+
+    def take(self, member: Member, view: View) -> None:
+        """Measure what is due in a step."""
+        ...
+
+    def value(self) -> FloatArray | None:
+        """What the calibrator gets to see, handed out once; None while anything is missing."""
+        ...
