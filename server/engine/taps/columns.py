@@ -17,6 +17,7 @@ class ColumnTap:
     """Means over the rows of a whole prompt, which comes in one step."""
 
     local = True
+    by_head = True
 
     def __init__(self, observation: ColumnMeans, length: int) -> None:
         self.observation = observation

@@ -29,6 +29,7 @@ def make_taps(
     prompt: Prompt,
     rows: Rows,
     facts: ModelFacts,
+    own_heads: int,
     table: PeakTable,
 ) -> tuple[Tap, ...]:
     """A tap per observation of a request.
@@ -53,7 +54,7 @@ def make_taps(
             taps.append(HeadTap(observation, prompt.length))
         elif isinstance(observation, ProbabilityBlock):
             _check_block(observation, prompt)
-            taps.append(BlockTap(observation, facts.query_heads))
+            taps.append(BlockTap(observation, own_heads))
         else:
             raise NotImplementedError(f"{observation} cannot be measured")
     _check_rows(observations, prefill, rows, prompt)

@@ -46,10 +46,12 @@ class Tap(Protocol):
         layer: where it is measured.
         local: resolves its own layer, right there; otherwise every layer, before the last prompt
             row.
+        by_head: measured per query head, by each rank on its own; otherwise of what all ranks have.
     """
 
     layer: int
     local: bool
+    by_head: bool
 
     @property
     def observation(self) -> Observation:
