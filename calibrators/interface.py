@@ -166,11 +166,10 @@ class ProbabilityBlock:
     """Probabilities of some prompt rows and keys, in one layer, to resolve every layer.
 
     Yields float32 `[query_heads, rows, keys]`, the keys of all spans in order, 0 where a row does
-    not see a key. All rows come before the last prompt token, which is computed by itself: the
-    block is complete before that one enters any layer. Only rows from it on can be calibrated.
+    not see a key. The last prompt token is computed by itself, when the block is complete; only
+    rows from it on can be calibrated.
 
     Attributes:
-        layer: where to measure.
         rows: prompt positions in ascending order, all before the last.
         keys: spans within the prompt.
     """
@@ -339,8 +338,8 @@ class Calibrator(Protocol):
         rescales: the parameter that multiplies the method's only pool before the row is
             renormalised, where that is all it does: `c_0 = f / D`, `c_rest = 1 / D`,
             `D = 1 + (f - 1) m_0`. An engine may then do so in one kernel rather than through
-            `coefficients`, and reports the statistics `<pool>_mass_before` and
-            `<pool>_mass_after`. It holds for the `coefficients` of the same class body: a subclass
+            `coefficients`, in place of the stock kernel, and reports the statistics
+            `<pool>_mass_before` and `<pool>_mass_after`. It holds for the `coefficients` of the same class body: a subclass
             that has its own is asked. None for any other method.
         Settings: the strict pydantic model of the request object.
     """

@@ -138,7 +138,7 @@ class Admission:
         default: `calibration` of requests that say nothing.
         limit: calibrations per request at most.
         step: the most tokens of one prompt that a step takes; None for any number.
-        ranks: tensor-parallel ranks, which share the heads of a layer.
+        ranks: tensor-parallel ranks.
 
     Raises:
         Refusal: the default itself is not admissible.
@@ -280,10 +280,10 @@ class Admission:
             reason = "observes what is not known in time with the prompt cut as it asks"
         elif peaks and not calibrator.touches_prompt_kv:
             reason = "observes the residual stream of prompts whose cached KV it shares with others"
-        elif self._ranks > 1:
+        elif peaks and self._ranks > 1:
             reason = (
-                "observes all heads of a layer, of which each tensor-parallel rank has a part: "
-                "serve without --tensor-parallel-size"
+                "observes the residual stream, which was not tested on several tensor-parallel "
+                "ranks: serve without --tensor-parallel-size"
             )
         else:
             return None

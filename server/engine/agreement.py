@@ -8,7 +8,7 @@ ever.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,18 +31,24 @@ def settle(requests: Iterable[CalibratedRequest | None], gather: Gather) -> None
     new = [request for request in requests if request is not None]
     if not new:
         return
-    signatures = gather(torch.tensor([signature(request) for request in new]).view(-1, 1, 1))
-    agreed = (signatures == signatures[:, :1]).all(1) & (signatures != FAILED).all(1)
-    for request, same in zip(new, agreed.flatten().tolist(), strict=True):
+    made = [None if request.failed else request.programs for request in new]
+    for request, same in zip(new, agreed(made, gather), strict=True):
         if not same:
             request.failed, request.programs = True, []
 
 
-def signature(request: CalibratedRequest) -> float:
+def agreed(made: Sequence[Sequence[Program] | None], gather: Gather) -> list[bool]:
+    """Which entries all ranks have, and have alike; None stands for what failed on this one."""
+    signatures = gather(torch.tensor([_signature(programs) for programs in made]).view(-1, 1, 1))
+    same = (signatures == signatures[:, :1]).all(1) & (signatures != FAILED).all(1)
+    return [bool(each) for each in same.flatten()]
+
+
+def _signature(programs: Sequence[Program] | None) -> float:
     """Equal on ranks that will do the same; 24 bits, which float32 holds."""
-    if request.failed:
+    if programs is None:
         return FAILED
-    parts = [(program.rows, *_gathered(program)) for program in request.programs]
+    parts = [(program.rows, *_gathered(program)) for program in programs]
     return float(zlib.crc32(repr(parts).encode()) >> 8)
 
 

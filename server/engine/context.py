@@ -42,8 +42,8 @@ class StepContext:
         self._request_ids = request_ids
         self._union = union
         self._gather = gather
-        self._planner = Planner(gather)
         self._follow = follow
+        self._planner = Planner(gather)
         self._scheduled: list[str] = []
         self._plan: StepPlan | None = None
 

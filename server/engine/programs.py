@@ -46,15 +46,16 @@ class Program:
         prompt: geometry of the prompt.
         prefill: how it asked to have the prompt cut.
         rows: which positions are calibrated.
-        own: the heads of this rank among those of the model.
         taps: what has to be measured.
         observed: layers that are resolved when something was measured.
+        own: the heads of this rank among those of the model.
         heads: bool `[layers, heads of this rank]`.
         active: bool `[layers]`, whether any head is selected: of this rank, or of the model for a
             method that looks across heads.
         parameters: float32 `[layers, heads]` by name, of the same heads as `active`.
         pools: per layer.
         tally: what was done so far.
+        abandoned: what it observed came to nothing.
     """
 
     def __init__(
@@ -74,9 +75,7 @@ class Program:
         shape = facts.layers, shard.stop - shard.start
         self.prefill = calibrator.prefill(bound)
         self.rows = calibrator.rows(bound, prompt)
-        self.taps = make_taps(calibrator, bound, prompt, self.rows, facts, peaks)
-        if self.taps and shape[1] != facts.query_heads:
-            raise NotImplementedError("observations of a part of the heads")
+        self.taps = make_taps(calibrator, bound, prompt, self.rows, facts, self.own, peaks)
         self.observed = frozenset(tap.layer for tap in self.taps)
         if not all(tap.local for tap in self.taps):
             self.observed = frozenset(range(facts.layers))
@@ -86,6 +85,7 @@ class Program:
         self.parameters = {name: np.zeros(wide, np.float32) for name in calibrator.parameters}
         self.pools = [LayerPools.none(len(calibrator.pools))] * facts.layers
         self.tally = Tally()
+        self.abandoned = False
         self._statistics: dict[int, Mapping[str, float]] = {}
         for layer in range(facts.layers):
             if layer not in self.observed:
@@ -117,6 +117,7 @@ class Program:
 
     def abandon(self) -> None:
         """Leave every layer alone from now on."""
+        self.abandoned = True
         self.heads[:] = self.active[:] = False
 
     def _count(self, layer: int, statistics: Mapping[str, float]) -> None:

@@ -37,7 +37,7 @@ class MethodStep:
         self._batch = batch
         self._programs = programs
         self._stack = stack
-        self._taps = StepTaps(batch, programs, stack)
+        self._taps = StepTaps(batch, programs, stack, gather)
         self._rows = row_map(batch, programs)
         complete = _complete(batch, self._rows)
         self._rewrite = rewrite(self.calibrator, stack, self._rows, complete, gather)

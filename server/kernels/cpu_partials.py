@@ -108,10 +108,10 @@ def serial(task, tasks, query, stride, pages, block_table, rows, pools, heads, m
     """Every `tasks`-th pair of a tile and a KV head from `task` on; see `parallel`."""
     request, slot, position, tiles = rows[1:]
     keys, offsets, weights, spans, above, sets, prompts = pools
-    kv_heads, head_dim, columns = pages.shape[1], u.shape[3], offsets.shape[1] - 1
+    kv_heads, head_dim, per_side = pages.shape[1], u.shape[3], offsets.shape[1] - 1
     group = lse.shape[1] // kv_heads
     queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group, 0)
-    sides = m.shape[2] // columns
+    sides = m.shape[2] // per_side
     found = _found_in(TILE * group, head_dim, sides)
     every, edges = np.empty(group, np.int64), np.empty(3, np.int64)
     for index in range(task, (tiles.shape[0] - 1) * kv_heads, tasks):
@@ -131,15 +131,15 @@ def serial(task, tasks, query, stride, pages, block_table, rows, pools, heads, m
                 )
                 for i in range(count):
                     found[0][i] = lse[begin + i // part.shape[0], part[i % part.shape[0]]]
-                for g in range(columns):
+                for g in range(per_side):
                     a, b = offsets[n, g], offsets[n, g + 1]
                     pool = keys[a:b], weights[a:b], spans[n, g], above[n, g]
                     _measure(queries, seen, count, pages, table, kv, pool, model[0], found)
                     for side in range(sides):
                         for i in range(count):
                             r, h = begin + i // part.shape[0], part[i % part.shape[0]]
-                            m[r, h, side * columns + g] = found[2][side, i]
-                            u[r, h, side * columns + g] = found[3][side, i]
+                            m[r, h, side * per_side + g] = found[2][side, i]
+                            u[r, h, side * per_side + g] = found[3][side, i]
 
 
 @njit(parallel=True, cache=True)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from vllm.distributed.parallel_state import get_tp_group
 
-from calibrators.interface import Coefficients, Pool
+from calibrators.interface import Coefficients, ColumnMeans, Pool, Prefill
 from calibrators.zerotuning import ZeroTuning, ZeroTuningSettings
 
 
@@ -65,10 +65,39 @@ class Coupled(ZeroTuning):
             apply=first > 0,
             statistics={"weighted_mass_before": first, "weighted_mass_after": weighted / total},
         )
+
+
+class SightedSettings(ZeroTuningSettings):
+    method: Literal["sighted"] = "sighted"
+
+
+class Sighted(Coupled):
+    name: ClassVar[str] = "sighted"
+    title: ClassVar[str] = "Sighted"
+    Settings: ClassVar[type] = SightedSettings
+    causal: ClassVar[bool] = False
+
+    def prefill(self, bound):
+        return Prefill.WHOLE
+
+    def observe(self, bound, prompt):
+        return [ColumnMeans(layer) for layer in (1, 2, 3)]
+
+    def resolve(self, bound, layer, facts, prompt, observed):
+        if not observed:
+            return None
+        if bound.params["gamma"] == 97 and layer == 2 and last_rank():
+            raise RuntimeError("on purpose")
+        plan = super().resolve(bound, layer, facts, prompt, observed)
+        first, second = plan.pools
+        means = observed[ColumnMeans(layer)]
+        # Of each head, and of all of them.
+        weights = 1 + prompt.length * (means + means.mean(0))[:, : len(first.keys)]
+        return replace(plan, pools=(replace(first, weights=list(weights)), second))
 """
 
 
 def install(folder: Path) -> dict[str, str]:
     """Put the distribution into `folder`; the environment in which it is found."""
-    entry_points = "[trimtab.calibrators]\ncoupled = coupled:Coupled\n"
+    entry_points = "[trimtab.calibrators]\ncoupled = coupled:Coupled\nsighted = coupled:Sighted\n"
     return plugins.install(folder, "coupled", COUPLED, entry_points)

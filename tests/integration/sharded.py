@@ -14,14 +14,14 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 
 from calibrators import registry
-from calibrators.interface import ModelFacts
+from calibrators.interface import ModelFacts, Prefill
 from server.engine.facts import model_facts
 from server.engine.payload import KEY, Payload, Report
 from server.engine.reports import listen
 from server.engine.startup import SCHEDULER, WORKER
 from tests.fixtures.llama import VOCABULARY
 
-CALIBRATORS = ("zerotuning", "faulty", "coupled")
+CALIBRATORS = ("zerotuning", "faulty", "coupled", "sighted")
 NEW_TOKENS = 8
 
 # By name: prompt length and calibration. Of two ranks the first has heads 0 to 3.
@@ -45,10 +45,12 @@ FAULTS: dict[str, tuple[int, dict[str, Any]]] = {
     # Of several ranks the others would wait for the last one's masses.
     "coupled, has no plan on the last rank": (50, {"method": "coupled", "gamma": 99.0}),
     "coupled, raises on the last rank": (50, {"method": "coupled", "gamma": 98.0}),
+    "sighted, has no plan on the last rank": (50, {"method": "sighted", "gamma": 97.0}),
 }
 # Each head's coefficients depend on all selected heads of the layer.
 COUPLED: dict[str, tuple[int, dict[str, Any]]] = {
     "coupled": (150, {"method": "coupled", "gamma": 3.0}),
+    "sighted": (100, {"method": "sighted", "gamma": 3.0}),
     "coupled, first rank": (80, {"method": "coupled", "gamma": 5.0, "heads": [0, 2]}),
     "coupled, both ranks by layer": (
         60,
@@ -73,7 +75,9 @@ def request(
         calibrator = registry.load(CALIBRATORS)[settings["method"]]
         bound = calibrator.bind(calibrator.Settings.model_validate(settings), facts)
         tokens["cache_salt"] = json.dumps(settings)
-        params.extra_args = {KEY: Payload(name, (bound,)).to_extra_args()}
+        prefill = calibrator.prefill(bound)
+        payload = Payload(name, (bound,), prefill, shareable=prefill is Prefill.ANY)
+        params.extra_args = {KEY: payload.to_extra_args()}
     return tokens, params
 
 

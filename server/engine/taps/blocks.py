@@ -22,6 +22,7 @@ class BlockTap:
     """
 
     local = False
+    by_head = True
 
     def __init__(self, observation: ProbabilityBlock, query_heads: int) -> None:
         self.observation = observation

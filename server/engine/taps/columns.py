@@ -17,11 +17,15 @@ class ColumnTap:
     """Means over the rows of a whole prompt, which comes in one step."""
 
     local = True
+    by_head = True
 
-    def __init__(self, observation: ColumnMeans, length: int) -> None:
+    def __init__(self, observation: ColumnMeans, length: int, own: slice) -> None:
         self.observation = observation
         self.layer = observation.layer
-        self._heads, self._length = observation.heads, length
+        every = range(own.start, own.stop)
+        wanted = every if observation.heads is None else observation.heads
+        self._heads = [head - own.start for head in wanted if head in every]
+        self._length = length
         self._means: FloatArray | None = None
 
     def due(self, start: int, stop: int) -> bool:

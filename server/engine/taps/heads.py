@@ -14,6 +14,7 @@ class HeadTap:
     """Outputs of the last prompt row, in the step it is in."""
 
     local = True
+    by_head = True
 
     def __init__(self, observation: HeadOutputs, length: int) -> None:
         self.observation = observation

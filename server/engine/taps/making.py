@@ -29,6 +29,7 @@ def make_taps(
     prompt: Prompt,
     rows: Rows,
     facts: ModelFacts,
+    own: slice,
     table: PeakTable,
 ) -> tuple[Tap, ...]:
     """A tap per observation of a request.
@@ -46,7 +47,7 @@ def make_taps(
         if isinstance(observation, ColumnMeans):
             if not set(observation.heads or ()) <= set(range(facts.query_heads)):
                 raise ValueError(f"{observation} is not of heads of this model")
-            taps.append(ColumnTap(observation, prompt.length))
+            taps.append(ColumnTap(observation, prompt.length, own))
         elif isinstance(observation, ResidualPeaks):
             _check_peaks(observation, calibrator, facts)
             key = calibrator.name, next(ordinal)
@@ -55,7 +56,7 @@ def make_taps(
             taps.append(HeadTap(observation, prompt.length))
         elif isinstance(observation, ProbabilityBlock):
             _check_block(observation, prompt)
-            taps.append(BlockTap(observation, facts.query_heads))
+            taps.append(BlockTap(observation, own.stop - own.start))
         else:
             raise NotImplementedError(f"{observation} cannot be measured")
     _check_rows(observations, prefill, rows, prompt)

@@ -41,6 +41,7 @@ class PeakTap:
     """Peaks of the prompt in one layer, as far as it is computed."""
 
     local = True
+    by_head = False
 
     def __init__(
         self, observation: ResidualPeaks, length: int, table: PeakTable, key: tuple[str, int]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from calibrators.interface import Prefill
+from server.engine.agreement import agreed
 from server.engine.guard import attempt
 from server.engine.taps.peaks import PeakTap
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from calibrators.interface import FloatArray, Observation
     from server.engine.batch import Member
     from server.engine.programs import Program
+    from server.engine.ranks import Gather
     from server.engine.stack import Stack
     from server.engine.taps.tap import Tap, View
 
@@ -26,11 +30,19 @@ class StepTaps:
     """Measures what a method observes in the prompts of a step, and has it resolve its layers.
 
     A prompt that is computed again is measured again. If one was cut otherwise than its method
-    asked, or anything of it is missing or not finite, its request fails.
+    asked, or anything of it is missing or not finite, its request fails. Ranks observe together:
+    all see the heads of all, and what fails on one fails on all.
     """
 
-    def __init__(self, batch: Sequence[Member], programs: Sequence[Program], stack: Stack) -> None:
+    def __init__(
+        self,
+        batch: Sequence[Member],
+        programs: Sequence[Program],
+        stack: Stack,
+        gather: Gather | None = None,
+    ) -> None:
         self._batch = batch
+        self._gather = gather
         self._programs = programs
         self._stack = stack
         self._due: dict[int, list[tuple[int, Tap]]] = {}
@@ -38,7 +50,7 @@ class StepTaps:
         self._observed: dict[int, dict[Observation, FloatArray]] = {}
         for slot, (member, program) in enumerate(zip(batch, programs, strict=True)):
             length = program.prompt.length
-            if not program.taps or member.start >= length or member.request.failed:
+            if not program.taps or member.start >= length or program.abandoned:
                 continue
             if _cut_as_asked(program.prefill, member, length):
                 self._watch(slot, member.start, min(member.stop, length))
@@ -63,16 +75,18 @@ class StepTaps:
         # have to put down what they know before anybody reads.
         for slot, tap in due:
             tap.take(self._batch[slot], view)
-        slots = [s for s in self._ready.get(layer, ()) if not self._batch[s].request.failed]
+        slots = [s for s in self._ready.get(layer, ()) if not self._programs[s].abandoned]
+        made = []
         for slot in slots:
-            if self._observe(slot, [tap for s, tap in due if s == slot and tap.local]):
-                self._resolve(slot, layer)
+            local = [tap for s, tap in due if s == slot and tap.local]
+            made.append(self._observe(slot, local) and self._resolve(slot, layer))
         if slots:
+            self._settle(slots, made)
             self._stack.renew(layer)
 
     def _alive(self, layer: int) -> list[tuple[int, Tap]]:
         due = self._due.get(layer, ())
-        return [(slot, tap) for slot, tap in due if not self._batch[slot].request.failed]
+        return [(slot, tap) for slot, tap in due if not self._programs[slot].abandoned]
 
     def _watch(self, slot: int, start: int, stop: int) -> None:
         """Find what to measure in a stretch of a prompt, and which layers that settles."""
@@ -87,22 +101,37 @@ class StepTaps:
         missing = {tap.layer for tap in local if not tap.due(start, stop)}
         for layer in {tap.layer for tap in local} - missing:
             self._ready.setdefault(layer, []).append(slot)
-        if late and self._observe(slot, late):
-            for layer in program.observed - {tap.layer for tap in local}:
-                self._resolve(slot, layer)
+        if late:
+            layers = sorted(program.observed - {tap.layer for tap in local})
+            seen = self._observe(slot, late)
+            self._settle([slot], [seen and all(self._resolve(slot, layer) for layer in layers)])
+            for layer in layers:
                 self._stack.renew(layer)
 
     def _observe(self, slot: int, taps: Sequence[Tap]) -> bool:
         """Take up what taps have measured; whether it is all there and finite."""
         for tap in taps:
-            values = tap.value()
+            values = self._everywhere(tap)
             if values is None or not np.isfinite(values).all():
-                self._fail(slot)
                 return False
             self._observed.setdefault(slot, {})[tap.observation] = values
         return True
 
-    def _resolve(self, slot: int, layer: int) -> None:
+    def _everywhere(self, tap: Tap) -> FloatArray | None:
+        """What a tap has measured on the heads of all ranks.
+
+        Whether it has anything is told by positions, and so the same on all of them.
+        """
+        values = tap.value()
+        if values is None or self._gather is None:
+            return values
+        shape = values.shape if tap.by_head else (1, *values.shape)
+        own = torch.from_numpy(values).reshape(1, shape[0], math.prod(shape[1:]))
+        every: FloatArray = self._gather(own).numpy()[0].reshape(-1, *shape[1:])
+        # What all have may still be rounded differently: the first rank's counts.
+        return every if tap.by_head else every[:1].reshape(values.shape)
+
+    def _resolve(self, slot: int, layer: int) -> bool:
         """Have a program resolve a layer with what it observes there, and with its blocks."""
         program, observed = self._programs[slot], self._observed[slot]
         seen = {
@@ -110,8 +139,16 @@ class StepTaps:
             for tap in program.taps
             if tap.layer == layer or not tap.local
         }
-        if attempt(program.calibrator.name, partial(program.resolve, layer, seen)) is None:
-            self._fail(slot)
+        return attempt(program.calibrator.name, partial(program.resolve, layer, seen)) is not None
+
+    def _settle(self, slots: Sequence[int], made: Sequence[bool]) -> None:
+        """Fail what was not made, here or on another rank."""
+        if self._gather is not None:
+            mine = zip(slots, made, strict=True)
+            made = agreed([[self._programs[s]] if ok else None for s, ok in mine], self._gather)
+        for slot, ok in zip(slots, made, strict=True):
+            if not ok:
+                self._fail(slot)
 
     def _fail(self, slot: int) -> None:
         self._batch[slot].request.failed = True

@@ -10,8 +10,6 @@ import torch
 from server.kernels.cpu import Attention
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from calibrators.interface import FloatArray, Observation
@@ -35,10 +33,10 @@ class View:
     cache: PagedCache
     geometry: AttentionGeometry
 
-    def attention(self, rows: RowMap, chosen: Sequence[int] | None = None) -> Attention:
+    def attention(self, rows: RowMap, chosen: list[int] | None = None) -> Attention:
         """Unmodified attention of some rows of one request, on the chosen heads or all."""
         heads = torch.zeros(1, self.query.shape[1], dtype=torch.bool)
-        heads[:, slice(None) if chosen is None else list(chosen)] = True
+        heads[:, slice(None) if chosen is None else chosen] = True
         return Attention(self.query, self.cache, rows, heads, self.geometry)
 
 
@@ -49,10 +47,12 @@ class Tap(Protocol):
         layer: where it is measured.
         local: resolves its own layer, right there; otherwise every layer, before the last prompt
             row.
+        by_head: measured per query head, by each rank on its own; otherwise of what all ranks have.
     """
 
     layer: int
     local: bool
+    by_head: bool
 
     @property
     def observation(self) -> Observation:

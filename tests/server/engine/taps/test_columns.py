@@ -12,7 +12,6 @@ from calibrators import reference
 from calibrators.act import ACT, ACTSettings
 from calibrators.interface import Bound, ColumnMeans, HeadOutputs, ProbabilityBlock, Prompt
 from server.engine import step
-from server.engine.programs import HeadShard
 from tests.server.engine.toy import HEADS, LAYERS, Toy, check, clear_of
 
 EPS = torch.finfo(torch.float32).eps
@@ -228,11 +227,5 @@ def test_what_cannot_be_measured_fails_at_once(make_table, extra_args, observati
             return observations
 
     table = make_table(Other())
-    table.add("a", extra_args(Bound("sinks", params(), 1, 1)), Prompt(5), 0)
-    assert table.get("a").failed
-
-
-def test_a_rank_with_a_part_of_the_heads_does_not_observe(make_table, extra_args):
-    table = make_table(Sinks(), shard=HeadShard(0, 3))
     table.add("a", extra_args(Bound("sinks", params(), 1, 1)), Prompt(5), 0)
     assert table.get("a").failed
