@@ -200,9 +200,8 @@ class ResidualPeaks:
 class HeadOutputs:
     """Per-head outputs of the last prompt row before the output projection, to resolve its layer.
 
-    Yields float32 `[query_heads, head_dim]`, after the request's calibration of attention weights
-    and before its heads are scaled. Where the last prompt token is computed by itself, only rows
-    from it on can be calibrated. With `without_images` they come from an extra plain prefill of the
+    Yields float32 `[query_heads, head_dim]`, weights calibrated and heads not yet scaled. Where the
+    last prompt token is computed by itself, only rows from it on can be calibrated. With `without_images` they come from an extra plain prefill of the
     same prompt without its image tokens.
     """
 
@@ -337,10 +336,10 @@ class Calibrator(Protocol):
         parameters: names of the per-head parameters `coefficients` takes.
         rescales: the parameter that multiplies the method's only pool before the row is
             renormalised, where that is all it does: `c_0 = f / D`, `c_rest = 1 / D`,
-            `D = 1 + (f - 1) m_0`. An engine may then do so in one kernel rather than through
-            `coefficients`, in place of the stock kernel, and reports the statistics
-            `<pool>_mass_before` and `<pool>_mass_after`. It holds for the `coefficients` of the same class body: a subclass
-            that has its own is asked. None for any other method.
+            `D = 1 + (f - 1) m_0`. An engine may then compute such rows itself in one kernel, and
+            reports the statistics `<pool>_mass_before` and `<pool>_mass_after`. It holds for the
+            `coefficients` of the same class body: a subclass that has its own is asked. None for
+            any other method.
         Settings: the strict pydantic model of the request object.
     """
 
