@@ -201,8 +201,8 @@ class HeadOutputs:
     """Per-head outputs of the last prompt row before the output projection, to resolve its layer.
 
     Yields float32 `[query_heads, head_dim]`, weights calibrated and heads not yet scaled. Where the
-    last prompt token is computed by itself, only rows from it on can be calibrated. With `without_images` they come from an extra plain prefill of the
-    same prompt without its image tokens.
+    last prompt token is computed by itself, only rows from it on can be calibrated. With
+    `without_images` they come from an extra plain prefill of the prompt without its image tokens.
     """
 
     layer: int
