@@ -27,6 +27,8 @@ from tests.integration.serving import Server, serving
 NEW_TOKENS = 12
 STRENGTH = 0.3
 TOLERANCE = 1e-3
+# Of the largest value; 1.2e-5 was the worst of a hundred.
+SEEN = 1e-4
 CHANNELS = [3, 77, 401]
 FLAGS = ["--calibrators", "zerotuning,peaks,block,loud", "--dtype", "float32"]
 FLAGS += ["--max-model-len", "1024", "--max-num-batched-tokens", "64", "--block-size", "32"]
@@ -247,8 +249,9 @@ def check(running: Observed, dense: Dense, case: Case, answer: Any) -> None:
     if case.settings is not None:
         for layer in case.layers:
             seen = torch.from_numpy(running.seen(case.settings["record"], layer)[-1])
-            error = (seen - case.seen[layer]).abs().max() / case.seen[layer].abs().max()
-            assert error < TOLERANCE, (case.settings, layer, error)
+            expected = case.seen[layer]
+            error = (seen - expected).abs().max() / expected.abs().max()
+            assert error < SEEN, (case.settings, layer, error)
 
 
 def together(running: Observed, cases: list[Case], **options: Any) -> list[Any]:
@@ -284,7 +287,7 @@ def test_what_is_acted_on_shows(dense, text):
     for case in mixed(text, ""):
         if case.settings is not None:
             case.drawn(dense)
-            tokens = [*case.tokens, *text[3000:3012]]
+            tokens = [*case.tokens, *text[2200:2212]]
             plain = dense.log_probabilities(tokens, lambda seen, p: p)
             acted = dense.log_probabilities(tokens, case.act)
             assert (plain - acted)[-12:].abs().max() > 10 * TOLERANCE
