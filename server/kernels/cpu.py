@@ -164,7 +164,8 @@ class Attention:
         """Multiply a pool's probabilities by a factor and renormalise, in place and in one pass.
 
         `pool_partials`, `c_0 = f / D`, `c_rest = 1 / D` with `D = 1 + (f - 1) m_0`, and `combine`
-        in one. A row that sees none of the pool, or nothing else, stays as it is.
+        in one; or attention itself, with `log f` added to the logits of the pool. A row that sees
+        none of the pool, or nothing else, stays as it is.
 
         Args:
             output: `[tokens, query_heads, head_dim]`, the stock output.

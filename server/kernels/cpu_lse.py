@@ -54,16 +54,15 @@ def _unpack_for(queries, page, pairs, wide):
 def _fold_page(queries, page, seen, begin, count, start, shape, numbers, weigh):
     """Fold the keys of a page into the queries `begin..count`.
 
-    `page` is `(keys, values, the keys that are folded next)`; `seen` is `(peak, total, positions,
-    first, slopes, value sums)`.
+    `page` is `(keys, values, the keys that are folded next, marks, whether there are any)`.
     """
-    keys, values, following = page
-    peak, total, positions, first, slopes, sums = seen
+    keys, values, following, marks, marked = page
+    peak, total, positions, first, slopes, sums, bias = seen
     scale, cap, _ = numbers
     head_dim, block = shape
     for i in range(begin, count, QUERIES):
         n = min(QUERIES, count - i)
-        shaped = cap > 0 or slopes[i] != 0
+        shaped = marked or cap > 0 or slopes[i] != 0
         j, visible = 0, min(positions[i + n - 1] - start + 1, block)
         while j < visible:
             wide = block % BLOCK == 0 and visible - j > NARROW * LANES
@@ -74,7 +73,20 @@ def _fold_page(queries, page, seen, begin, count, start, shape, numbers, weigh):
                 wide,
                 weigh,
                 n,
-                (queries, keys, values, following, peak, total, sums, positions, first, slopes),
+                (
+                    queries,
+                    keys,
+                    values,
+                    following,
+                    peak,
+                    total,
+                    sums,
+                    positions,
+                    first,
+                    slopes,
+                    bias,
+                    marks,
+                ),
                 (i, j, visible - j, start, head_dim, block, scale, cap),
             )
             j += step
@@ -88,32 +100,48 @@ def _add_sink(lse, sink):
 
 @njit(inline="always")
 def unpacked_page(head_dim, block):
-    """Buffers for a page's keys and for its values: in pairs, and in float32."""
+    """Buffers for a page's keys and for its values: in pairs, and in float32; and for marks."""
     return (
         (np.empty((head_dim // 2, block), np.uint32), np.empty((head_dim, block), np.float32)),
         (np.empty((block // 2, head_dim), np.uint32), np.empty((block, head_dim), np.float32)),
+        np.zeros(block, np.float32),
     )
 
 
+@njit
+def _mark(keys, start, marks):
+    """Mark those of the ascending keys that are in the page at `start`; whether there are any."""
+    low, high = np.searchsorted(keys, start), np.searchsorted(keys, start + marks.shape[0])
+    marks[:] = 0
+    for key in keys[low:high]:
+        marks[key - start] = 1
+    return low < high
+
+
 @njit(inline="always")
-def fold_pages(queries, count, pages, table, kv, head_dim, numbers, seen, buffers, weigh):
-    """Fold every page that some query of the tile sees; its values only if `weigh`."""
+def fold_pages(queries, count, pages, table, kv, biased, numbers, seen, buffers, weigh):
+    """Fold every page that some query of the tile sees; its values only if `weigh`.
+
+    The logits of the keys `biased`, which are ascending, get the queries' bias.
+    """
+    head_dim = buffers[0][1].shape[0]
     block, (positions, first) = pages.shape[3] // head_dim, seen[2:4]
-    final, begin, shape = positions[count - 1], 0, (head_dim, block)
+    final, begin, shape, marks = positions[count - 1], 0, (head_dim, block), buffers[2]
     for index in range(first[0] // block, final // block + 1):
         start = index * block
         while positions[begin] < start:
             begin += 1
+        marked = _mark(biased, start, marks)
         keys = pages[table[index], kv, 0].reshape(head_dim, block)
         values = pages[table[index], kv, 1].reshape(block, head_dim)
         if count - begin < UNPACK:
             following = pages[table[min(index + 1, final // block)], kv, 0]
-            given = keys, values, following.reshape(head_dim, block)
+            given = keys, values, following.reshape(head_dim, block), marks, marked
             _fold_page(queries, given, seen, begin, count, start, shape, numbers, weigh)
         else:
             near = _unpack(queries, keys, buffers[0][0], buffers[0][1])
             beside = _unpack(queries, values, buffers[1][0], buffers[1][1]) if weigh else near
-            page = near, beside, near
+            page = near, beside, near, marks, marked
             _fold_page(queries, page, seen, begin, count, start, shape, numbers, weigh)
 
 
@@ -133,7 +161,7 @@ def serial(task, tasks, query, stride, pages, head_dim, block_table, rows, heads
     group = out.shape[1] // kv_heads
     queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group, 0)
     buffers = unpacked_page(head_dim, pages.shape[3] // head_dim)
-    every = np.empty(group, np.int64)
+    every, nothing = np.empty(group, np.int64), np.empty(0, np.int32)
     for index in range(task, (tiles.shape[0] - 1) * kv_heads, tasks):
         kv, begin, end = index % kv_heads, tiles[index // kv_heads], tiles[index // kv_heads + 1]
         chosen = every[: chosen_heads(heads, slot[begin], kv, group, every)]
@@ -141,7 +169,7 @@ def serial(task, tasks, query, stride, pages, head_dim, block_table, rows, heads
             continue
         count = load(query, stride, rows, begin, end, chosen, model, queries, seen)
         table = block_table[request[begin]]
-        fold_pages(queries, count, pages, table, kv, head_dim, model[0], seen, buffers, False)
+        fold_pages(queries, count, pages, table, kv, nothing, model[0], seen, buffers, False)
         i = 0
         for r in range(begin, end):
             for h in chosen:

@@ -32,33 +32,36 @@ def found_in(limit, head_dim):
 
 
 @njit(inline="always")
-def measure(queries, seen, count, pages, table, kv, keys, numbers, found):
-    """Mass and value sum of `keys` for each query."""
-    positions, first, slopes = seen[2:5]
+def measure(queries, seen, count, pages, table, kv, keys, numbers, found, weigh):
+    """Mass of `keys` for each query, their bias included, and their value sum if `weigh`."""
+    positions, first, slopes, _, bias = seen[2:]
     lse, mass, value, k, v = found
     scale, cap, _ = numbers
     head_dim = v.shape[0]
     block = pages.shape[3] // head_dim
     for i in range(count):
         mass[i] = 0
-        for d in range(head_dim):
-            value[i, d] = 0
+        if weigh:
+            for d in range(head_dim):
+                value[i, d] = 0
     for key in keys:
         if key > positions[count - 1]:
             break
         page, j = table[key // block], key % block
         load_key(queries, pages[page, kv, 0], j, block, k)
-        for d in range(head_dim):
-            v[d] = widen(pages[page, kv, 1, j * head_dim + d])
+        if weigh:
+            for d in range(head_dim):
+                v[d] = widen(pages[page, kv, 1, j * head_dim + d])
         for i in range(count):
             if key < first[i] or key > positions[i]:
                 continue
             distance = np.float32(key - positions[i])
-            x = shape(dot(queries, i, k) * scale, cap, slopes[i], distance) - lse[i]
+            x = shape(dot(queries, i, k) * scale, cap, slopes[i], distance) + bias[i] - lse[i]
             p = power(np.float32(0) if x > 0 else x)
             mass[i] += p
-            for d in range(head_dim):
-                value[i, d] += p * v[d]
+            if weigh:
+                for d in range(head_dim):
+                    value[i, d] += p * v[d]
 
 
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)

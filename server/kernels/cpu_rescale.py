@@ -27,15 +27,62 @@ def _lerp(factor, mass):
 
 
 @njit(inline="always")
-def _stock(row, x):
-    """The output there is."""
+def _finite(x):
+    check = np.float32(0)
     for d in range(x.shape[0]):
-        x[d] = widen(row[d])
+        check += x[d] * np.float32(0)
+    return check == 0
+
+
+@njit(inline="always")
+def _corrected(row, mass, factor, value, x):
+    """`O' = O / D + (f - 1) / D U` with `D = 1 + (f - 1) m`; what `m` becomes."""
+    f = factor if np.float32(1) - mass > NOTHING_LEFT else np.float32(1)
+    rest = np.float32(1) / _lerp(f, mass)
+    extra = f * rest - rest
+    for d in range(x.shape[0]):
+        x[d] = rest * widen(row[d]) + extra * value[d]
+    return f * rest * mass
+
+
+@njit(inline="always")
+def _correct(tile, chosen, found, factor, output, done):
+    """Rewrite the stock outputs of a tile's queries; `tile` is `(tokens, begin, end)`."""
+    _, mass, value, _, x = found
+    written, before, after, finite = done
+    token, begin, end = tile
+    i = -1
+    for r in range(begin, end):
+        for h in chosen:
+            i += 1
+            if mass[i] == 0:
+                continue
+            row = output[token[r], h]
+            after[r, h] += _corrected(row, mass[i], factor[h], value[i], x)
+            before[r, h] += mass[i]
+            written[r, h] += 1
+            if _finite(x):
+                store(row, x)
+            else:
+                finite[r] = False
+
+
+@njit(inline="always")
+def _set_bias(tile, chosen, selected, factor, bias, done):
+    """A factor on probabilities is a bias on logits; one that has none fails its row."""
+    i = -1
+    for r in range(tile[1], tile[2]):
+        for h in chosen:
+            i += 1
+            bias[i] = np.log2(factor[h]) if selected[h] else np.float32(0)
+            if bias[i] * np.float32(0) != 0:
+                bias[i] = 0
+                done[3][r] = False
 
 
 @njit(inline="always")
 def _attention(seen, i, lse, sinks, x):
-    """The output of query `i` before anything is rescaled."""
+    """The output of query `i`."""
     peak, total = settle(seen[0], seen[1], i)
     share = np.float32(1) / total
     if sinks.shape[0]:
@@ -45,50 +92,25 @@ def _attention(seen, i, lse, sinks, x):
 
 
 @njit(inline="always")
-def _rescaled(x, mass, factor, value):
-    """`O' = O / D + (f - 1) / D U` with `D = 1 + (f - 1) m`, in place of `U`; what `m` becomes."""
-    rest = np.float32(1) / _lerp(factor, mass)
-    extra = factor * rest - rest
-    for d in range(x.shape[0]):
-        value[d] = rest * x[d] + extra * value[d]
-    return factor * rest * mass
-
-
-@njit(inline="always")
-def _finite(x):
-    check = np.float32(0)
-    for d in range(x.shape[0]):
-        check += x[d] * np.float32(0)
-    return check == 0
-
-
-@njit(inline="always")
-def _write(tile, chosen, found, seen, sinks, selected, factor, computed, output, done):
-    """The outputs of a tile's queries; `tile` is `(tokens, begin, end)`."""
-    lse, mass, value, _, x = found
+def _compute(tile, chosen, found, seen, sinks, selected, factor, output, done):
+    """Write the outputs of a tile's queries, whose logits were biased."""
+    lse, mass, _, _, x = found
     written, before, after, finite = done
     token, begin, end = tile
     i = -1
     for r in range(begin, end):
         for h in chosen:
             i += 1
-            m, row = mass[i], output[token[r], h]
-            changed = selected[h] and m != 0
-            if computed:
-                _attention(seen, i, lse[i], sinks, x)
-            elif changed:
-                _stock(row, x)
-            if changed:
-                f = factor[h] if np.float32(1) - m > NOTHING_LEFT else np.float32(1)
-                after[r, h] += _rescaled(x, m, f, value[i])
-                before[r, h] += m
-                written[r, h] += 1
-                if _finite(value[i]):
-                    store(row, value[i])
-                    continue
+            _attention(seen, i, lse[i], sinks, x)
+            store(output[token[r], h], x)
+            if not selected[h] or mass[i] == 0:
+                continue
+            if not _finite(x):
                 finite[r] = False
-            if computed:
-                store(row, x)
+            f, m = factor[h], mass[i]
+            after[r, h] += m
+            before[r, h] += m / (f - (f - np.float32(1)) * m)
+            written[r, h] += 1
 
 
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
@@ -128,16 +150,21 @@ def serial(
         if chosen.shape[0] == 0:
             continue
         count = load(query, stride, rows, begin, end, chosen, model, queries, seen)
-        fold_pages(queries, count, pages, table, kv, head_dim, model[0], seen, buffers, computed[s])
+        tile, pool = (rows[0], begin, end), keys[offsets[s, 0] : offsets[s, 1]]
+        biased = pool if computed[s] else pool[:0]
+        if computed[s]:
+            _set_bias(tile, chosen, heads[s], factor[s], seen[6], done)
+        fold_pages(queries, count, pages, table, kv, biased, model[0], seen, buffers, computed[s])
         i = 0
         for _ in range(begin, end):
             for h in chosen:
                 found[0][i] = log_sum_exp(seen, i, model[2], h)
                 i += 1
-        pool = keys[offsets[s, 0] : offsets[s, 1]]
-        measure(queries, seen, count, pages, table, kv, pool, model[0], found)
-        tile = rows[0], begin, end
-        _write(tile, chosen, found, seen, model[2], heads[s], factor[s], computed[s], output, done)
+        measure(queries, seen, count, pages, table, kv, pool, model[0], found, not computed[s])
+        if computed[s]:
+            _compute(tile, chosen, found, seen, model[2], heads[s], factor[s], output, done)
+        else:
+            _correct(tile, chosen, found, factor[s], output, done)
 
 
 @njit(parallel=True, cache=True)
@@ -156,8 +183,9 @@ def parallel(
     output,
     done,
 ):
-    """Multiply the pool's probabilities by `factor` and renormalise the row, in place.
+    """Multiply the pool's probabilities by `factor` and renormalise the row.
 
+    In place where `computed` is False; where it is True nothing in `output` is read.
     `query` is flat, tokens `stride` apart, and bfloat16 perhaps in pairs; `rows` is
     `(token, request, slot, position, tiles)`; `pools` is `(keys, offsets)`; `model` is
     `((scale, soft cap, window), slopes, sinks)`; `done` is `(count, before, after, finite)`:

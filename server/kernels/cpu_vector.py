@@ -75,6 +75,8 @@ class _Arrays:
     positions: Any
     first: Any
     slopes: Any
+    bias: Any
+    marks: Any
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def fold(typingctx, whole, wide, weigh, queries, arrays, numbers):
     """Fold some keys of a page into the running (peak, total, value sums) of some queries.
 
     Args, none of which is checked:
-        whole: all these keys are visible to all these queries, and logits are not reshaped.
+        whole: all these keys are visible to all these queries, and logits stay as they are.
         wide: `vectors(queries)` vectors of keys, else `NARROW`.
         weigh: sum the values too.
         queries: 1 to `QUERIES`.
@@ -105,7 +107,7 @@ def fold(typingctx, whole, wide, weigh, queries, arrays, numbers):
             block]` and `[block / 2, head_dim]` of such pairs; `following` the keys that will be
             folded next; float32 `peak` and `total` `[rows, LANES]` and `sums` `[rows, head_dim]`;
             int64 `positions` and `first` `[rows]`, the last and first visible key; float32 `slopes`
-            `[rows]`.
+            and `bias` `[rows]`, the latter added to logits where `marks` float32 `[block]` is 1.
         numbers: `row` of the first query, `column` of the first key, `count` of the keys from there
             on whose values may be read, `start` the page's first position, `head_dim`, `block`;
             float32 `scale` and `cap`, as the slopes for base 2.
@@ -189,10 +191,11 @@ def _logits(
 
 
 def _shape(builder: Any, arrays: _Arrays, numbers: _Numbers, row: Any, logits: list[Any]) -> None:
-    """Soft cap, ALiBi and visibility of one row; hidden keys get the lowest logit."""
+    """Soft cap, ALiBi, bias and visibility of one row; hidden keys get the lowest logit."""
     last = builder.load(builder.gep(arrays.positions, [row]))
     first = builder.load(builder.gep(arrays.first, [row]))
     slope = splat(builder, builder.load(builder.gep(arrays.slopes, [row])))
+    bias = splat(builder, builder.load(builder.gep(arrays.bias, [row])))
     zero = ir.Constant(VI32, [0] * LANES)
     for v, logit in enumerate(logits):
         base = builder.add(builder.add(numbers.start, numbers.column), I64(LANES * v))
@@ -200,6 +203,8 @@ def _shape(builder: Any, arrays: _Arrays, numbers: _Numbers, row: Any, logits: l
         after_first = lanes_from(builder, builder.sub(base, first))
         x = _capped(builder, builder.load(logit), numbers.cap)
         x = multiply_add(builder, slope, builder.sitofp(after_last, VF32), x)
+        column = builder.add(numbers.column, I64(LANES * v))
+        x = multiply_add(builder, bias, load(builder, arrays.marks, column, VF32), x)
         visible = builder.and_(
             builder.icmp_signed("<=", after_last, zero),
             builder.icmp_signed(">=", after_first, zero),
