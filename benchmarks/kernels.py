@@ -102,7 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _line(case: Case, dtype: torch.dtype, repeat: int) -> tuple[str, ...]:
     given = inputs(case, dtype)
     rows = given.rows.token.shape[0]
-    ones = torch.ones(rows, QUERY_HEADS)
     every = torch.ones(rows, QUERY_HEADS, dtype=torch.bool)
     half = torch.full((case.requests, QUERY_HEADS), 0.5)
     changes = Changes.none(rows, QUERY_HEADS)
@@ -117,7 +116,7 @@ def _line(case: Case, dtype: torch.dtype, repeat: int) -> tuple[str, ...]:
         lambda: attention().log_sum_exp,
         lambda: known.rescale(given.output, given.pools, half, computed, changes),
         lambda: known.pool_partials(given.pools),
-        lambda: cpu.combine(given.output, given.rows, every, found, ones[..., None] * 0.5, ones),
+        lambda: cpu.combine(given.output, given.rows, every, found, found.mass),
     )
     seconds = [_median_seconds(call, repeat) for call in calls]
     return (*(f"{each * 1e6:.0f}" for each in seconds), f"{flops(case) / seconds[0] / 1e9:.0f}")

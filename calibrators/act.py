@@ -174,8 +174,8 @@ class ACT:
         import torch  # the contract is importable without it, admission too
 
         mass, beta = masses.plain[..., 0], parameters["beta"]
-        nothing_left = 1 - mass < NOTHING_LEFT
-        left = torch.where(nothing_left, 1.0, 1 - mass)
+        nothing_left = masses.rest < NOTHING_LEFT
+        left = torch.where(nothing_left, 1.0, masses.rest)
         return Coefficients(
             rest=1 + (1 - beta) * mass / left,  # the same, and exactly 1 at beta 1
             pools=beta[..., None],

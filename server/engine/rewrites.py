@@ -131,34 +131,33 @@ class Change:
     Attributes:
         touched: bool `[rows, heads]`, outputs that are rewritten.
         factors: float32 `[rows, heads, columns]`, head scale included; columns as of `Partials`.
-        rest: float32 `[rows, heads]`, head scale included.
         statistics: float32 `[rows, heads]` each.
     """
 
     touched: Tensor
     factors: Tensor
-    rest: Tensor
     statistics: Mapping[str, Tensor]
 
 
 def _masses(mass: Tensor, pools: int) -> Masses:
     """Columns as a calibrator gets them."""
-    if mass.shape[2] == pools:
-        return Masses(mass)
-    return Masses(mass[..., :pools], mass[..., pools:])
+    weighted = mass[..., pools:-1] if mass.shape[2] > pools + 1 else None
+    return Masses(mass[..., :pools], mass[..., -1], weighted)
 
 
 def _factors(result: Coefficients, masses: Masses) -> Tensor:
-    """`c_g` and, where any pool has weights, `d_g`, side by side."""
+    """`c_g`, where any pool has weights `d_g`, and `c_rest`, side by side."""
     if result.pools is None and masses.plain.shape[2]:
         raise ValueError("no coefficients of the pools")
     plain = masses.plain if result.pools is None else result.pools
     if masses.weighted is None:
         if result.weighted is not None:
             raise ValueError("coefficients of weights where no pool has any")
-        return plain
-    weighted = torch.zeros(()) if result.weighted is None else result.weighted
-    return torch.cat([plain.expand_as(masses.plain), weighted.expand_as(masses.plain)], -1)
+        columns = [plain]
+    else:
+        columns = [plain, torch.zeros(()) if result.weighted is None else result.weighted]
+    each = [column.float().expand_as(masses.plain) for column in columns]
+    return torch.cat([*each, result.rest.float().expand_as(masses.rest)[..., None]], -1)
 
 
 @dataclass
@@ -193,9 +192,7 @@ class Recombining:
         if change is None:
             self._finite[:] = False
             return
-        self._finite &= kernels.combine(
-            output, self.rows, change.touched, partials, change.factors, change.rest
-        )
+        self._finite &= kernels.combine(output, self.rows, change.touched, partials, change.factors)
         self._changes.append(change)
 
     def _change(self, layer: int, mass: Tensor, pools: int) -> Change:
@@ -210,14 +207,13 @@ class Recombining:
         touched = self.stack.heads[layer][self._slot]
         if result.apply is not None:
             touched = touched & self._own(result.apply.expand(shape))
-        factors, rest = _factors(result, masses), result.rest
+        factors = _factors(result, masses)
         if result.scale is not None:
-            factors, rest = factors * result.scale[..., None], rest * result.scale
+            factors = factors * result.scale.float()[..., None]
         statistics = result.statistics.items()
         return Change(
             touched.contiguous(),
-            self._own(factors.float().expand_as(mass)).contiguous(),
-            self._own(rest.float().expand(shape)).contiguous(),
+            self._own(factors).contiguous(),
             {name: self._own(values.float().expand(shape)) for name, values in statistics},
         )
 

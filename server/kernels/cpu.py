@@ -21,7 +21,6 @@ from torch import Tensor
 
 from server.kernels import (
     cpu_columns,
-    cpu_lse,
     cpu_partials,
     cpu_pools,
     cpu_probabilities,
@@ -77,18 +76,8 @@ class Attention:
         """
         rows, query_heads, head_dim = self._shape
         out = torch.empty(rows, query_heads)
-        _run(
-            cpu_lse.serial,
-            cpu_lse.parallel,
-            *self._query,
-            self._pages,
-            head_dim,
-            self._table,
-            self._rows,
-            self._heads,
-            self._model,
-            out.numpy(),
-        )
+        nothing = PoolTable.none(len(self._heads), query_heads)
+        self._divide(nothing, out, Partials.empty(nothing, rows, query_heads, head_dim))
         return out
 
     def column_means(self) -> Tensor:
@@ -142,21 +131,23 @@ class Attention:
         return out
 
     def pool_partials(self, pools: PoolMap | PoolTable) -> Partials:
-        """Mass and value sum of each pool, zero on heads that are not selected."""
+        """Mass and value sum of each pool and of the rest, zero on heads that are not selected."""
         rows, query_heads, head_dim = self._shape
         pools = PoolTable.of(pools, query_heads) if isinstance(pools, PoolMap) else pools
         found = Partials.empty(pools, rows, query_heads, head_dim)
-        if pools.pools == 0:
-            return found
+        if pools.pools:
+            self._divide(pools, self.log_sum_exp if pools.narrowed else torch.empty(0, 0), found)
+        return found
+
+    def _divide(self, pools: PoolTable, log_sum_exp: Tensor, found: Partials) -> None:
         _run(
             cpu_partials.serial,
             cpu_partials.parallel,
             *self._given(pools),
-            self.log_sum_exp.numpy(),
+            log_sum_exp.numpy(),
             found.mass.numpy(),
             found.value.numpy(),
         )
-        return found
 
     def rescale(
         self, output: Tensor, pools: PoolMap, factor: Tensor, computed: Tensor, changes: Changes
@@ -196,21 +187,17 @@ def combine(
     heads: Tensor,
     partials: Partials,
     factors: Tensor,
-    rest: Tensor,
 ) -> Tensor:
-    """Rewrite rows in place, in float32.
-
-    `O' = sum_g c_g U_g + sum_g d_g W_g + c_rest (O - sum_g U_g)`.
+    """Rewrite rows in place, in float32: `O' = sum_g c_g U_g + sum_g d_g W_g + c_rest R`.
 
     Returns bool `[rows]`: False where a result was not finite; such a head keeps its stock output.
 
     Args:
-        output: `[tokens, query_heads, head_dim]`, the stock output.
+        output: `[tokens, query_heads, head_dim]`, the stock output, which is `R` without pools.
         rows: which rows.
         heads: bool `[rows, query_heads]`; others keep every bit.
-        partials: pools of the same rows.
-        factors: float32 `[rows, query_heads, columns]`, `c_g`, and `d_g` for weighted columns.
-        rest: float32 `[rows, query_heads]`, `c_rest`.
+        partials: of the same rows.
+        factors: float32 `[rows, query_heads, columns]`, by column `c_g`, `d_g` and `c_rest`.
     """
     finite = torch.ones(len(rows.token), dtype=torch.bool)
     _run(
@@ -221,8 +208,6 @@ def combine(
         heads.numpy(),
         partials.value.numpy(),
         factors.numpy(),
-        rest.numpy(),
-        partials.pools,
         finite.numpy(),
     )
     return finite
@@ -242,9 +227,9 @@ def warm_up(dtype: torch.dtype, query_heads: int, kv_heads: int, head_dim: int, 
     attention.column_means()
     attention.probabilities(index.numpy())
     partials = attention.pool_partials(pools)
-    rest = partials.mass[..., 0].contiguous()
-    combine(tokens, rows, heads, partials, partials.mass, rest)
-    attention.rescale(tokens, pools, rest, heads[:, 0].contiguous(), Changes.none(1, query_heads))
+    combine(tokens, rows, heads, partials, partials.mass)
+    factor = partials.mass[..., 0].contiguous()
+    attention.rescale(tokens, pools, factor, heads[:, 0].contiguous(), Changes.none(1, query_heads))
 
 
 def set_threads(count: int) -> None:

@@ -135,7 +135,7 @@ def parallel(threads, query, stride, pages, head_dim, block_table, rows, heads, 
     for thread in prange(threads):
         given = (numbers, alibi, sinks)
         serial(
-            thread,
+            np.int64(thread),
             threads,
             query,
             stride,

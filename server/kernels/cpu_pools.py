@@ -34,7 +34,7 @@ def found_in(limit, head_dim):
 @njit(inline="always")
 def measure(queries, seen, count, pages, table, kv, keys, numbers, found, weigh):
     """Mass of `keys` for each query, their bias included, and their value sum if `weigh`."""
-    positions, first, slopes, _, bias = seen[2:]
+    positions, first, slopes, _, bias = seen[2:7]
     lse, mass, value, k, v = found
     scale, cap, _ = numbers
     head_dim = v.shape[0]
@@ -65,7 +65,7 @@ def measure(queries, seen, count, pages, table, kv, keys, numbers, found, weigh)
 
 
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
-def combine_serial(task, tasks, output, token, heads, value, factors, rest, pools, finite):
+def combine_serial(task, tasks, output, token, heads, value, factors, finite):
     """Every `tasks`-th row from `task` on; see `combine_parallel`."""
     x = np.empty(output.shape[2], np.float32)
     for r in range(task, token.shape[0], tasks):
@@ -74,11 +74,10 @@ def combine_serial(task, tasks, output, token, heads, value, factors, rest, pool
                 continue
             row, check = output[token[r], h], np.float32(0)
             for d in range(row.shape[0]):
-                x[d] = rest[r, h] * widen(row[d])
-            for g in range(value.shape[2]):
-                factor = factors[r, h, g] - (rest[r, h] if g < pools else np.float32(0))
+                x[d] = np.float32(0) if value.shape[2] else factors[r, h, 0] * widen(row[d])
+            for column in range(value.shape[2]):
                 for d in range(row.shape[0]):
-                    x[d] += factor * value[r, h, g, d]
+                    x[d] += factors[r, h, column] * value[r, h, column, d]
             for d in range(row.shape[0]):
                 check += x[d] * np.float32(0)
             if check == 0:
@@ -88,11 +87,10 @@ def combine_serial(task, tasks, output, token, heads, value, factors, rest, pool
 
 
 @njit(parallel=True, cache=True)
-def combine_parallel(threads, output, token, heads, value, factors, rest, pools, finite):
-    """`O' = c_rest O + sum_g (c_g - c_rest) U_g + sum_g d_g W_g` on the selected heads, in place.
+def combine_parallel(threads, output, token, heads, value, factors, finite):
+    """Sum the columns of the selected heads into `output`; without any, scale what is there.
 
-    Columns from `pools` on are weighted. A result that is not finite is not written, and clears the
-    row's flag in `finite`.
+    A result that is not finite is not written, and clears the row's flag in `finite`.
     """
     for thread in prange(threads):
-        combine_serial(thread, threads, output, token, heads, value, factors, rest, pools, finite)
+        combine_serial(np.int64(thread), threads, output, token, heads, value, factors, finite)

@@ -59,7 +59,7 @@ def parallel(
     for thread in prange(threads):
         given = (numbers, alibi, sinks)
         serial(
-            thread,
+            np.int64(thread),
             threads,
             query,
             stride,

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit, prange
 
 from server.kernels.cpu_elements import FASTMATH, power, store, widen
-from server.kernels.cpu_lse import fold_pages, log_sum_exp, unpacked_page
+from server.kernels.cpu_fold import fold_pages, log_sum_exp, unpacked_page
 from server.kernels.cpu_pools import found_in, measure
 from server.kernels.cpu_tiles import buffer_for, chosen_heads, load, seen_by
 from server.kernels.cpu_vector import settle
@@ -137,8 +137,8 @@ def serial(
     group = output.shape[1] // kv_heads
     queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group, head_dim)
     found = found_in(TILE * group, head_dim)
-    buffers = unpacked_page(head_dim, pages.shape[3] // head_dim)
-    every = np.empty(group, np.int64)
+    buffers = unpacked_page(head_dim, pages.shape[3] // head_dim, 1)
+    every, span = np.empty(group, np.int64), np.zeros((1, 1, 2), np.int32)
     for index in range(task, (tiles.shape[0] - 1) * kv_heads, tasks):
         kv, begin, end = index % kv_heads, tiles[index // kv_heads], tiles[index // kv_heads + 1]
         s, table = slot[begin], block_table[request[begin]]
@@ -151,9 +151,11 @@ def serial(
             continue
         count = load(query, stride, rows, begin, end, chosen, model, queries, seen)
         tile, pool = (rows[0], begin, end), keys[offsets[s, 0] : offsets[s, 1]]
-        biased = pool if computed[s] else pool[:0]
+        # Where the stock output is corrected, plain logits are what it takes.
+        bounds = offsets[s : s + 1] if computed[s] else offsets[:0]
         if computed[s]:
             _set_bias(tile, chosen, heads[s], factor[s], seen[6], done)
+        biased = keys, bounds, span
         fold_pages(queries, count, pages, table, kv, biased, model[0], seen, buffers, computed[s])
         i = 0
         for _ in range(begin, end):
@@ -195,7 +197,7 @@ def parallel(
     for thread in prange(threads):
         given = (numbers, alibi, sinks)
         serial(
-            thread,
+            np.int64(thread),
             threads,
             query,
             stride,

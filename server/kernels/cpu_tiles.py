@@ -106,7 +106,8 @@ def chosen_heads(heads, slot, kv, group, chosen):
 def seen_by(limit, channels):
     """Buffers for what a tile's queries see.
 
-    `(peak, total, position, first key, ALiBi slope, value sums, bias)`; sums of so many channels.
+    `(peak, total, position, first key, ALiBi slope, value sums, bias, kind)`; sums of so many
+    channels.
     """
     return (
         np.empty((limit, LANES), np.float32),
@@ -116,6 +117,7 @@ def seen_by(limit, channels):
         np.empty(limit, np.float32),
         np.empty((limit, channels), np.float32),
         np.empty(limit, np.float32),
+        np.empty(limit, np.int64),
     )
 
 
@@ -123,7 +125,7 @@ def seen_by(limit, channels):
 def load(query, stride, rows, begin, end, chosen, model, queries, seen):
     """Take up the queries of a tile, row by row; how many there are."""
     (_, _, window), alibi, _ = model
-    peak, total, positions, first, slopes, sums, bias = seen
+    peak, total, positions, first, slopes, sums, bias, kind = seen
     width, i = queries.shape[1], 0
     for r in range(begin, end):
         last = rows[3][r]
@@ -139,6 +141,6 @@ def load(query, stride, rows, begin, end, chosen, model, queries, seen):
                 total[i, lane] = 0
             for d in range(sums.shape[1]):
                 sums[i, d] = 0
-            bias[i] = 0
+            bias[i] = kind[i] = 0
             i += 1
     return i

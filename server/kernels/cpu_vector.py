@@ -5,7 +5,7 @@ neither the accumulators of a loop over keys nor a softmax in them. Logits are i
 throughout: `2^x` is cheaper than `e^x`.
 
 numba's cache on disk knows only the file of the function it compiled: after a change here or in
-`cpu_product.py` or `cpu_llvm.py`, touch `cpu_lse.py` and `cpu_rescale.py`.
+`cpu_product.py` or `cpu_llvm.py`, touch the files that call `fold_pages`.
 """
 
 from dataclasses import dataclass
@@ -76,6 +76,7 @@ class _Arrays:
     first: Any
     slopes: Any
     bias: Any
+    kind: Any
     marks: Any
 
 
@@ -107,7 +108,8 @@ def fold(typingctx, whole, wide, weigh, queries, arrays, numbers):
             block]` and `[block / 2, head_dim]` of such pairs; `following` the keys that will be
             folded next; float32 `peak` and `total` `[rows, LANES]` and `sums` `[rows, head_dim]`;
             int64 `positions` and `first` `[rows]`, the last and first visible key; float32 `slopes`
-            and `bias` `[rows]`, the latter added to logits where `marks` float32 `[block]` is 1.
+            and `bias` `[rows]`, the latter added to logits where `marks` float32 `[kinds, block]`
+            is 1 in the row that int64 `kind` `[rows]` names.
         numbers: `row` of the first query, `column` of the first key, `count` of the keys from there
             on whose values may be read, `start` the page's first position, `head_dim`, `block`;
             float32 `scale` and `cap`, as the slopes for base 2.
@@ -196,6 +198,7 @@ def _shape(builder: Any, arrays: _Arrays, numbers: _Numbers, row: Any, logits: l
     first = builder.load(builder.gep(arrays.first, [row]))
     slope = splat(builder, builder.load(builder.gep(arrays.slopes, [row])))
     bias = splat(builder, builder.load(builder.gep(arrays.bias, [row])))
+    marks = builder.mul(builder.load(builder.gep(arrays.kind, [row])), numbers.block)
     zero = ir.Constant(VI32, [0] * LANES)
     for v, logit in enumerate(logits):
         base = builder.add(builder.add(numbers.start, numbers.column), I64(LANES * v))
@@ -203,7 +206,7 @@ def _shape(builder: Any, arrays: _Arrays, numbers: _Numbers, row: Any, logits: l
         after_first = lanes_from(builder, builder.sub(base, first))
         x = _capped(builder, builder.load(logit), numbers.cap)
         x = multiply_add(builder, slope, builder.sitofp(after_last, VF32), x)
-        column = builder.add(numbers.column, I64(LANES * v))
+        column = builder.add(builder.add(marks, numbers.column), I64(LANES * v))
         x = multiply_add(builder, bias, load(builder, arrays.marks, column, VF32), x)
         visible = builder.and_(
             builder.icmp_signed("<=", after_last, zero),

@@ -150,10 +150,21 @@ class PoolTable:
             torch.zeros_like(sets),
         )
 
+    @classmethod
+    def none(cls, slots: int, query_heads: int) -> PoolTable:
+        """No pools."""
+        nothing = torch.zeros(slots, 1, dtype=torch.int32)
+        return cls.of(PoolMap(torch.empty(0, dtype=torch.int32), nothing), query_heads)
+
     @property
     def pools(self) -> int:
         """Number of pools of every set."""
         return self.listed.pools
+
+    @cached_property
+    def narrowed(self) -> bool:
+        """Whether any pool has a threshold."""
+        return bool((self.above[..., 0] >= 0).any())
 
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
@@ -165,16 +176,19 @@ class PoolTable:
 
 @dataclass(frozen=True, slots=True)
 class Partials:
-    """Measured pools; zero on heads that are not selected.
+    """Rows divided into pools and the rest, each measured; zero on heads that are not selected.
 
-    There is a column per pool. Where any pool has weights, each has one more behind these.
+    There is a column per pool; where any pool has weights, one more per pool behind these; and in
+    the end that of the rest. It is measured by itself: where the pools have nearly all of a row,
+    the whole less the pools would have no digits left.
 
     Attributes:
         pools: number of pools.
         mass: float32 `[rows, query_heads, columns]`, `m_g = sum p_j`, in [0, 1]; `sum w_j p_j`,
-            zero for a pool without weights.
+            zero for a pool without weights; `1 - sum_g m_g`, a learned sink included.
         value: float32 `[rows, query_heads, columns, head_dim]`, `U_g = sum p_j v_j`;
-            `W_g = sum w_j p_j v_j`.
+            `W_g = sum w_j p_j v_j`; `R = O - sum_g U_g`. Without pools no columns, since `R` is
+            the stock output.
     """
 
     pools: int
@@ -185,9 +199,10 @@ class Partials:
     def empty(cls, pools: PoolMap | PoolTable, rows: int, query_heads: int, dim: int) -> Partials:
         """Room for what is to be measured of `pools`."""
         weighted = isinstance(pools, PoolTable) and pools.weights is not None
-        columns = pools.pools * (2 if weighted else 1)
-        mass = torch.empty(rows, query_heads, columns)
-        return cls(pools.pools, mass, torch.empty(rows, query_heads, columns, dim))
+        columns = pools.pools * (2 if weighted else 1) + 1
+        mass = torch.ones(rows, query_heads, columns)
+        values = columns if pools.pools else 0
+        return cls(pools.pools, mass, torch.empty(rows, query_heads, values, dim))
 
 
 @dataclass(frozen=True)

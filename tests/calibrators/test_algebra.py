@@ -39,7 +39,8 @@ def masses(p, pools, weights=None):
     if weights is not None:
         weighted = torch.stack([(p * pool * weights).sum(-1) for pool in pools], -1)
     empty = p.new_zeros(*p.shape[:2], 0)
-    return Masses(torch.stack(plain, -1) if plain else empty, weighted)
+    stacked = torch.stack(plain, -1) if plain else empty
+    return Masses(stacked, 1 - stacked.sum(-1), weighted)
 
 
 def assert_expresses(p, dense, pools, result, weights=None):

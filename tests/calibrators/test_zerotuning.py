@@ -21,7 +21,8 @@ def bind(facts, **fields):
 
 def coefficients(gamma, mass):
     plain = torch.tensor(mass, dtype=torch.float32)[:, None, None]
-    return METHOD.coefficients(Masses(plain), {"gamma": torch.full_like(plain[..., 0], gamma)})
+    masses = Masses(plain, 1 - plain[..., 0])
+    return METHOD.coefficients(masses, {"gamma": torch.full_like(plain[..., 0], gamma)})
 
 
 def test_bind_resolves_and_counts(make_facts):
@@ -115,7 +116,7 @@ def test_whatever_the_masses_the_result_is_finite(gamma, mass):
 def test_coefficients_give_the_reference(gamma):
     p = torch.rand(7, 3, 9, generator=torch.Generator().manual_seed(1)).softmax(-1)
     parameter = torch.full((7, 3), gamma)
-    result = METHOD.coefficients(Masses(p[..., :1]), {"gamma": parameter})
+    result = METHOD.coefficients(Masses(p[..., :1], 1 - p[..., 0]), {"gamma": parameter})
     key0 = torch.arange(9) == 0
     rewritten = reference.recombine(p, [key0], [result.pools[..., 0]], result.rest)
     truth = reference.zerotuning(p.double(), parameter.double())

@@ -58,7 +58,7 @@ def test_coefficients_scale_the_prefix_and_renormalise(calibrator, resolve, fact
     mass = (stock * in_pool).sum(-1)
 
     got = calibrator.coefficients(
-        Masses(mass[..., None]),
+        Masses(mass[..., None], 1 - mass),
         {"factor": torch.from_numpy(plan.parameters["factor"]).expand_as(mass)},
     )
     changed = reference.recombine(stock, [in_pool], [got.pools[..., 0]], got.rest)

@@ -237,7 +237,8 @@ def dense(case: Problem, first: int, dtype: torch.dtype) -> torch.Tensor:
     weights = torch.zeros(LENGTHS[0], dtype=dtype)
     weights[VISUAL] = torch.from_numpy(WEIGHTS).float().to(dtype)
     plain = torch.stack([(p * pool).sum(-1) for pool in inside], -1)
-    masses = Masses(plain, torch.stack([(p * weights * pool).sum(-1) for pool in inside], -1))
+    weighted = torch.stack([(p * weights * pool).sum(-1) for pool in inside], -1)
+    masses = Masses(plain, 1 - plain.sum(-1), weighted)
     beta = torch.tensor(0.3).to(dtype) * torch.arange(1, 1 + HEADS)
     asked = Coupled().coefficients(masses, {"beta": beta.expand(plain.shape[:2])})
     factors = [

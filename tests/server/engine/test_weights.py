@@ -102,7 +102,7 @@ def test_partials_match_the_reference(made):
     got = attention(made.case, heads).pool_partials(pools)
     some = any(pool.weights is not None for plan in made.plans for pool in plan.pools)
     columns = 2 * POOLS if some else POOLS
-    assert (got.pools, got.mass.shape[2], got.value.shape[2]) == (POOLS, columns, columns)
+    assert (got.pools, got.mass.shape[2], got.value.shape[2]) == (POOLS, columns + 1, columns + 1)
     requests = range(len(made.plans))
     rough, exact = (
         [torch.cat(parts) for parts in zip(*(partials(made, r, t) for r in requests), strict=True)]
@@ -152,8 +152,8 @@ def test_recombined_rows_match_the_reference(made, data):
     output = stock.float()
     got = attention(made.case, selected).pool_partials(made.stacked())
     assert got.mass[~touched].count_nonzero() == got.value[~touched].count_nonzero() == 0
-    factors = c[..., : got.mass.shape[2]].contiguous()
-    assert cpu.combine(output, made.case.rows, touched, got, factors, rest).all()
+    factors = torch.cat([c[..., : got.mass.shape[2] - 1], rest[..., None]], -1)
+    assert cpu.combine(output, made.case.rows, touched, got, factors).all()
 
     assert torch.equal(output[~touched], stock.float()[~touched])
     if touched.any():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,9 +57,10 @@ def test_zerotuning_matches_the_dense_equation(lengths, spans, geometry, dtype):
     stock, truth, mass = expected(case, torch.float64, 0.3)
     torch.testing.assert_close(partials.mass[..., 0].double(), mass, atol=2e-6, rtol=2e-5)
 
-    rest = 1 / (1 + (0.3 - 1) * partials.mass[..., 0])
-    output = stock.to(dtype)
-    cpu.combine(output, case.rows, heads[case.rows.slot], partials, 0.3 * rest[..., None], rest)
+    rest = 1 / (1 + (0.3 - 1) * partials.mass[..., :1])
+    output = torch.full_like(stock.to(dtype), float("nan"))
+    factors = torch.cat([0.3 * rest, rest], -1)
+    cpu.combine(output, case.rows, heads[case.rows.slot], partials, factors)
     # Independent low-precision run: the same equation on the rounded stock output.
     rounding = torch.finfo(dtype).eps * truth.abs().max().item()
     budget = 2 * ((stock.to(dtype).double() - stock).abs().max().item() + rounding)
@@ -73,8 +76,8 @@ def test_unselected_heads_keep_every_bit():
     assert partials.mass[:, [0, 1, 2, 3, 5]].count_nonzero() == 0
     output = torch.randn(41, 6, 32).to(torch.bfloat16)
     before = output.clone()
-    rest = torch.full((41, 6), 0.5)
-    cpu.combine(output, case.rows, heads[case.rows.slot], partials, rest[..., None] * 2, rest)
+    factors = torch.tensor([1.0, 0.5]).expand(41, 6, 2).contiguous()
+    cpu.combine(output, case.rows, heads[case.rows.slot], partials, factors)
     changed = (output != before).any(-1)
     assert changed[:40, 4].all()
     assert not changed[40:].any()
@@ -85,8 +88,8 @@ def test_a_window_that_hides_the_key_leaves_no_mass():
     case = problem([64], [64], window=16)
     heads = torch.ones(1, 6, dtype=torch.bool)
     partials = attention(case, heads).pool_partials(key_zero(1))
-    assert partials.mass[:16].min() > 0
-    assert partials.mass[16:].count_nonzero() == 0
+    assert partials.mass[:16, :, 0].min() > 0
+    assert partials.mass[16:, :, 0].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("span", [1, 33])
@@ -112,6 +115,31 @@ def test_pools_of_many_keys(span):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_rest_keeps_its_digits_where_pools_have_nearly_everything(dtype):
+    """Logits far apart, and for every row its own largest key in the pool."""
+    case = problem([150, 60], [150, 1], dtype=dtype)
+    case = replace(case, query=case.query * 16)
+    tops, rows = [case.dense(r)[0].argmax(-1).unique().int() for r in (0, 1)], slice(0, 150)
+    offsets = torch.tensor([[0, len(tops[0])], [len(tops[0]), len(tops[0]) + len(tops[1])]])
+    pools = PoolMap(torch.cat(tops), offsets.int())
+    found = attention(case, torch.ones(2, 6, dtype=torch.bool)).pool_partials(pools)
+
+    p = case.dense(0)[0]
+    p[..., tops[0].long()] = 0
+    exact, value = p.sum(-1), case.values[0].double()
+    some = exact > 1e-30
+    assert ((exact < 1e-6) & some).sum() > 10
+    relative = (found.mass[rows, :, 1] / exact - 1).abs()[some]
+    # A logit of 100 in float32 is good for 4e-6 of its probability.
+    assert relative.max() < 1e-4
+    weights = p / exact[..., None]
+    mean, spread = reference.attend(weights, value), reference.attend(weights, value.abs())
+    measured = found.value[rows, :, 1] / exact[..., None]
+    budget = (torch.finfo(dtype).eps / 2 + 1e-4) * spread
+    assert ((measured - mean).abs() <= budget)[some].all()
+
+
 def results(case: Problem) -> list[torch.Tensor]:
     """What every kernel makes of a problem."""
     heads = torch.ones(len(case.keys), 6, dtype=torch.bool)
@@ -122,9 +150,8 @@ def results(case: Problem) -> list[torch.Tensor]:
     computed = torch.arange(len(case.keys)) % 2 == 0
     changes = Changes.none(case.query.shape[0], 6)
     measured.rescale(rescaled, pools, torch.full((len(case.keys), 6), 0.5), computed, changes)
-    rest = 1 - partials.mass[..., 0]
-    every = torch.ones_like(rest, dtype=torch.bool)
-    finite = cpu.combine(combined, case.rows, every, partials, partials.mass, rest)
+    every = torch.ones(partials.mass.shape[:2], dtype=torch.bool)
+    finite = cpu.combine(combined, case.rows, every, partials, partials.mass)
     found = [measured.log_sum_exp, partials.mass, partials.value, rescaled, combined, finite]
     return [*found, changes.count, changes.before, changes.after, changes.finite]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from calibrators import reference
 from server.kernels.partials import PoolTable
 from tests.server.kernels.paging import Problem, attention
-from tests.server.kernels.test_properties import EPS, pool_map, problems
+from tests.server.kernels.test_properties import EPS, pool_map, problems, weight_rounding
 
 EVERY = (-1.0, 0.0)
 
@@ -89,6 +89,8 @@ def test_tables_match_the_reference(drawn):
         rough, exact = (case.dense(request, t)[0] for t in (torch.float32, torch.float64))
         # What float32 cannot tell from the threshold may fall on either side.
         error = 2 * (rough.double() - exact).abs().max().item() + 32 * EPS
+        left = exact.clone()
+        all_slack = torch.zeros_like(exact[..., 0])
         for pool in (0, 1):
             inside, bound = member(case, described, table, request, pool)
             counted = torch.where(inside & (exact > bound), exact, 0)
@@ -98,3 +100,9 @@ def test_tables_match_the_reference(drawn):
             difference = got.value[rows, :, pool] - reference.attend(counted, value.double())
             most = value.double().abs().max()
             assert (difference.abs() <= ((slack + error) * most)[..., None]).all()
+            left, all_slack = left - counted, all_slack + slack
+        sums = left.sum(-1) + 1 - exact.sum(-1)
+        assert ((got.mass[rows, :, 2] - sums).abs() <= all_slack + error).all()
+        difference = got.value[rows, :, 2] - reference.attend(left, value.double())
+        budget = (all_slack + error) * most + weight_rounding(case)
+        assert (difference.abs() <= budget[..., None]).all()

@@ -1,19 +1,16 @@
-"""Log-sum-exps of attention rows over the paged cache, compiled.
+"""Folding the pages that a tile of queries sees into its running softmax, compiled.
 
 Untyped, because numba compiles each function per argument types; shapes are those of
-`server.kernels.partials`. Head sizes and blocks are multiples of 32. Logits are in base 2: scale,
-soft cap and slopes come multiplied by log2(e), and so does the result.
+`server.kernels.partials`. Head sizes and blocks are multiples of 32. Logits are in base 2.
 """
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import overload
 
-from server.kernels.cpu_elements import FASTMATH, pair, power, widen
+from server.kernels.cpu_elements import pair, power, widen
 from server.kernels.cpu_llvm import LANES
-from server.kernels.cpu_tiles import buffer_for, chosen_heads, load, seen_by
 from server.kernels.cpu_vector import BLOCK, NARROW, QUERIES, fold, settle
-from server.kernels.partials import TILE
 
 # From this many queries on, a page is unpacked once for all of them.
 UNPACK = 12
@@ -57,7 +54,7 @@ def _fold_page(queries, page, seen, begin, count, start, shape, numbers, weigh):
     `page` is `(keys, values, the keys that are folded next, marks, whether there are any)`.
     """
     keys, values, following, marks, marked = page
-    peak, total, positions, first, slopes, sums, bias = seen
+    peak, total, positions, first, slopes, sums, bias, kind = seen
     scale, cap, _ = numbers
     head_dim, block = shape
     for i in range(begin, count, QUERIES):
@@ -85,6 +82,7 @@ def _fold_page(queries, page, seen, begin, count, start, shape, numbers, weigh):
                     first,
                     slopes,
                     bias,
+                    kind,
                     marks,
                 ),
                 (i, j, visible - j, start, head_dim, block, scale, cap),
@@ -93,36 +91,41 @@ def _fold_page(queries, page, seen, begin, count, start, shape, numbers, weigh):
 
 
 @njit(inline="always")
-def _add_sink(lse, sink):
-    high = max(lse, sink)
-    return high + np.log2(power(lse - high) + power(sink - high))
-
-
-@njit(inline="always")
-def unpacked_page(head_dim, block):
+def unpacked_page(head_dim, block, kinds):
     """Buffers for a page's keys and for its values: in pairs, and in float32; and for marks."""
     return (
         (np.empty((head_dim // 2, block), np.uint32), np.empty((head_dim, block), np.float32)),
         (np.empty((block // 2, head_dim), np.uint32), np.empty((block, head_dim), np.float32)),
-        np.zeros(block, np.float32),
+        np.zeros((kinds, block), np.float32),
     )
 
 
 @njit
-def _mark(keys, start, marks):
-    """Mark those of the ascending keys that are in the page at `start`; whether there are any."""
-    low, high = np.searchsorted(keys, start), np.searchsorted(keys, start + marks.shape[0])
-    marks[:] = 0
-    for key in keys[low:high]:
-        marks[key - start] = 1
-    return low < high
+def _mark(pools, start, marks):
+    """Mark what is pooled of the page at `start`, kind by kind; whether there is anything."""
+    keys, bounds, spans = pools
+    some, stop = False, start + marks.shape[1]
+    for kind in range(bounds.shape[0]):
+        marks[kind] = 0
+        for g in range(spans.shape[1]):
+            listed = keys[bounds[kind, g] : bounds[kind, g + 1]]
+            low, high = np.searchsorted(listed, start), np.searchsorted(listed, stop)
+            for key in listed[low:high]:
+                marks[kind, key - start] = 1
+            begin, end = max(spans[kind, g, 0], start), min(spans[kind, g, 1], stop)
+            for key in range(begin, end):
+                marks[kind, key - start] = 1
+            some = some or low < high or begin < end
+    return some
 
 
 @njit(inline="always")
-def fold_pages(queries, count, pages, table, kv, biased, numbers, seen, buffers, weigh):
+def fold_pages(queries, count, pages, table, kv, pools, numbers, seen, buffers, weigh):
     """Fold every page that some query of the tile sees; its values only if `weigh`.
 
-    The logits of the keys `biased`, which are ascending, get the queries' bias.
+    `pools` is `(keys, bounds, spans)`: the logits of what it lists for a query's kind get the
+    query's bias. Pool `g` of kind `n` is `keys[bounds[n, g] : bounds[n, g + 1]]`, ascending, and
+    `spans[n, g, 0] <= key < spans[n, g, 1]`.
     """
     head_dim = buffers[0][1].shape[0]
     block, (positions, first) = pages.shape[3] // head_dim, seen[2:4]
@@ -131,7 +134,7 @@ def fold_pages(queries, count, pages, table, kv, biased, numbers, seen, buffers,
         start = index * block
         while positions[begin] < start:
             begin += 1
-        marked = _mark(biased, start, marks)
+        marked = _mark(pools, start, marks)
         keys = pages[table[index], kv, 0].reshape(head_dim, block)
         values = pages[table[index], kv, 1].reshape(block, head_dim)
         if count - begin < UNPACK:
@@ -146,48 +149,14 @@ def fold_pages(queries, count, pages, table, kv, biased, numbers, seen, buffers,
 
 
 @njit(inline="always")
+def _add_sink(lse, sink):
+    high = max(lse, sink)
+    return high + np.log2(power(lse - high) + power(sink - high))
+
+
+@njit(inline="always")
 def log_sum_exp(seen, i, sinks, h):
     """Of query `i`, head `h`, after the last page."""
     peak, total = settle(seen[0], seen[1], i)
     lse = peak + np.log2(total)
     return _add_sink(lse, sinks[h]) if sinks.shape[0] else lse
-
-
-@njit(fastmath=FASTMATH, error_model="numpy", cache=True)
-def serial(task, tasks, query, stride, pages, head_dim, block_table, rows, heads, model, out):
-    """Every `tasks`-th pair of a tile and a KV head from `task` on; see `parallel`."""
-    request, slot, tiles = rows[1], rows[2], rows[4]
-    kv_heads = pages.shape[1]
-    group = out.shape[1] // kv_heads
-    queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group, 0)
-    buffers = unpacked_page(head_dim, pages.shape[3] // head_dim)
-    every, nothing = np.empty(group, np.int64), np.empty(0, np.int32)
-    for index in range(task, (tiles.shape[0] - 1) * kv_heads, tasks):
-        kv, begin, end = index % kv_heads, tiles[index // kv_heads], tiles[index // kv_heads + 1]
-        chosen = every[: chosen_heads(heads, slot[begin], kv, group, every)]
-        if chosen.shape[0] == 0:
-            continue
-        count = load(query, stride, rows, begin, end, chosen, model, queries, seen)
-        table = block_table[request[begin]]
-        fold_pages(queries, count, pages, table, kv, nothing, model[0], seen, buffers, False)
-        i = 0
-        for r in range(begin, end):
-            for h in chosen:
-                out[r, h] = log_sum_exp(seen, i, model[2], h)
-                i += 1
-
-
-@njit(parallel=True, cache=True)
-def parallel(threads, query, stride, pages, head_dim, block_table, rows, heads, model, out):
-    """Fill `out` float32 `[rows, query_heads]` where `heads` is set, with so many threads.
-
-    `query` is flat, tokens `stride` apart, and bfloat16 perhaps in pairs; `rows` is
-    `(token, request, slot, position, tiles)`; `model` is `((scale, soft cap, window), slopes,
-    sinks)`.
-    """
-    numbers, alibi, sinks = model
-    for thread in prange(threads):
-        given = (numbers, alibi, sinks)
-        serial(
-            thread, threads, query, stride, pages, head_dim, block_table, rows, heads, given, out
-        )
