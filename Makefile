@@ -19,7 +19,7 @@ help:
 env:
 	@command -v $(PYTHON) >/dev/null || \
 	  { echo "trimtab: no '$(PYTHON)' here: install Python 3.11+, or say make PYTHON=/path"; exit 1; }
-	@$(PYTHON) deploy/cpu/install.py $(VENV) --extras cpu,test,dev
+	@$(PYTHON) deploy/cpu/install.py $(VENV) --extras cpu,eval,test,dev
 
 serve: env
 	$(BIN)/trimtab models prepare $(MODEL)

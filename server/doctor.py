@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from server import doctor_server
+from server import own_server
 from server.admission import OFF
 
 TIMEOUT = httpx.Timeout(120, connect=5)
@@ -339,12 +339,12 @@ def main(url: str | None, api_key: str | None) -> int:
     try:
         if url is not None:
             return _visit(url, api_key)
-        with doctor_server.running(api_key, _progress) as address:
+        with own_server.running(_progress, api_key=api_key) as address:
             # No proxy stands between this machine and itself.
             return _visit(address, api_key, trust_env=False)
     except (httpx.TransportError, httpx.InvalidURL) as error:
         print(f"trimtab: no server answers at {url}: {error}", file=sys.stderr)
-    except doctor_server.StartFailed as error:
+    except own_server.StartFailed as error:
         print(f"trimtab: {error}", file=sys.stderr)
     return 2
 

@@ -1,6 +1,6 @@
 """Creates a virtual environment with Trimtab and the CPU build of vLLM.
 
-    python deploy/cpu/install.py .venv --extras cpu,test,dev
+    python deploy/cpu/install.py .venv --extras cpu,eval,test,dev
 
 Runs under the host's Python with nothing but the standard library. Done once, it returns at once
 until pyproject.toml, this folder or the Python version changes; interrupted, it goes on.

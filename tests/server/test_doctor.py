@@ -3,7 +3,7 @@ import json
 import httpx
 import pytest
 
-from server import doctor, doctor_server
+from server import doctor, own_server
 
 TITLES = [title for title, _ in doctor.CHECKS]
 DIGEST = "0123456789ab"
@@ -185,9 +185,9 @@ def test_no_server_is_one_line_and_status_2(monkeypatch, capsys, url):
 
 
 def test_a_server_of_its_own_that_does_not_start_is_status_2(monkeypatch, capsys):
-    def running(api_key, report):
-        raise doctor_server.StartFailed("the server ended at start-up\nlast line")
+    def running(report, *, api_key):
+        raise own_server.StartFailed("the server ended at start-up\nlast line")
 
-    monkeypatch.setattr(doctor_server, "running", running)
+    monkeypatch.setattr(own_server, "running", running)
     assert doctor.main(None, None) == 2
     assert capsys.readouterr().err == "trimtab: the server ended at start-up\nlast line\n"

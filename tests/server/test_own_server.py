@@ -6,8 +6,8 @@ import sys
 import httpx
 import pytest
 
-from server import doctor_server
-from server.doctor_server import StartFailed, free_port, running, stop
+from server import own_server
+from server.own_server import StartFailed, free_port, running, stop
 
 READY = """
 import os, sys
@@ -40,7 +40,7 @@ def instead(monkeypatch):
             started.append(popen([sys.executable, "-c", script, *command[4:]], **options))
             return started[-1]
 
-        monkeypatch.setattr(doctor_server.subprocess, "Popen", start)
+        monkeypatch.setattr(own_server.subprocess, "Popen", start)
         return started
 
     yield use
@@ -50,7 +50,7 @@ def instead(monkeypatch):
 
 def test_the_server_runs_for_the_block(instead):
     started, lines = instead(READY), []
-    with running(None, lines.append) as address:
+    with running(lines.append) as address:
         assert started[0].poll() is None
         assert os.getpgid(started[0].pid) == started[0].pid
         assert httpx.get(f"{address}/ready", trust_env=False).text == "no key"
@@ -62,32 +62,32 @@ def test_the_server_runs_for_the_block(instead):
 
 def test_the_key_travels_in_the_environment(instead):
     started = instead(READY)
-    with running("secret", print) as address:
+    with running(print, api_key="secret") as address:
         assert httpx.get(address, trust_env=False).text == "secret"
         assert "secret" not in started[0].args
 
 
 def test_the_server_is_stopped_when_the_block_fails(instead):
     instead(READY)
-    with pytest.raises(KeyboardInterrupt), running(None, print):
+    with pytest.raises(KeyboardInterrupt), running(print):
         raise KeyboardInterrupt
 
 
 def test_a_start_that_fails_shows_the_end_of_the_output(instead):
     instead("import sys; print(*range(100), sep='\\n'); sys.exit('the reason')")
-    with pytest.raises(StartFailed) as caught, running(None, print):
+    with pytest.raises(StartFailed) as caught, running(print):
         pytest.fail("it never got ready")
     lines = str(caught.value).splitlines()
     assert lines[0] == "the server ended at start-up"
     assert "the reason" in lines
     assert "0" not in lines
-    assert len(lines) == 1 + doctor_server.TAIL_LINES
+    assert len(lines) == 1 + own_server.TAIL_LINES
 
 
 def test_a_start_that_takes_too_long_is_given_up(instead, monkeypatch):
-    monkeypatch.setattr(doctor_server, "START_SECONDS", 0.1)
+    monkeypatch.setattr(own_server, "START_SECONDS", 0.1)
     instead("import time; print('still loading', flush=True); time.sleep(60)")
-    with pytest.raises(StartFailed, match=r"not ready in 0\.1 s"), running(None, print):
+    with pytest.raises(StartFailed, match=r"not ready in 0\.1 s"), running(print):
         pytest.fail("it never got ready")
 
 
@@ -101,16 +101,16 @@ def test_progress_is_visible(instead, monkeypatch):
             if len(lines) == 2:
                 raise Enough
 
-    monkeypatch.setattr(doctor_server, "PROGRESS_SECONDS", 0)
-    monkeypatch.setattr(doctor_server, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(own_server, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(own_server, "POLL_SECONDS", 0.05)
     instead("import time; time.sleep(60)")
     lines = []
-    with pytest.raises(Enough), running(None, report):
+    with pytest.raises(Enough), running(report):
         pytest.fail("it never got ready")
 
 
 def test_who_does_not_listen_is_killed(monkeypatch):
-    monkeypatch.setattr(doctor_server, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(own_server, "STOP_SECONDS", 0.2)
     process = subprocess.Popen(
         [sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, start_new_session=True
     )

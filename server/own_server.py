@@ -1,4 +1,4 @@
-"""A server of the doctor's own: started, awaited, stopped."""
+"""A server of a command's own: started, awaited, stopped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from typing import IO
@@ -30,21 +30,31 @@ class StartFailed(Exception):
 
 
 @contextmanager
-def running(api_key: str | None, report: Callable[[str], None]) -> Iterator[str]:
-    """Serve the embedded model for the duration of the block; gives the address.
+def running(
+    report: Callable[[str], None],
+    *,
+    api_key: str | None = None,
+    model: str | None = None,
+    flags: Sequence[str] = (),
+) -> Iterator[str]:
+    """Serve a model for the duration of the block; gives the address.
 
     Args:
-        api_key: key the server shall ask for, None for no key.
         report: takes lines on the progress.
+        api_key: key the server shall ask for, None for no key.
+        model: folder or name of the model, None for the embedded one.
+        flags: further ones of `trimtab serve`.
 
     Raises:
         StartFailed: it ended, or was not ready in time.
     """
     with tempfile.TemporaryFile("w+b") as output:
         port = free_port()
-        process = _start(port, api_key, output)
+        given = [] if model is None else [model]
+        process = _start([*given, *flags, "--host", HOST, "--port", str(port)], api_key, output)
         address = f"http://{HOST}:{port}"
         try:
+            report(f"starting a server with {model or 'the embedded model'} at {address}")
             _await_ready(process, address, output, report)
             yield address
         finally:
@@ -60,14 +70,15 @@ def free_port() -> int:
         return port
 
 
-def _start(port: int, api_key: str | None, output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(
+    arguments: Sequence[str], api_key: str | None, output: IO[bytes]
+) -> subprocess.Popen[bytes]:
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_API_KEY"}
     if api_key:
         # Not as a flag: flags show in the list of processes.
         environment["VLLM_API_KEY"] = api_key
-    command = [sys.executable, "-m", "server.cli", "serve", "--host", HOST, "--port", str(port)]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "server.cli", "serve", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
@@ -83,7 +94,6 @@ def _await_ready(
     report: Callable[[str], None],
 ) -> None:
     started = said = time.monotonic()
-    report(f"starting a server with the embedded model at {address}")
     while not _is_ready(address):
         now = time.monotonic()
         if process.poll() is not None:

@@ -1,0 +1,1 @@
+"""Whether a calibration helps on labelled data: samples, scoring, statistics, reports."""
