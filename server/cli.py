@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from calibrators import registry
 from server import __version__, catalogue, models
+from server.evaluation import flags
 from server.settings import add_calibrators
 
 
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--url", help="a running server; without it one is started and stopped")
     doctor.add_argument("--api-key", help="key of that server")
     doctor.set_defaults(run=_doctor)
+    flags.add_eval(commands).set_defaults(run=_eval)
     return parser
 
 
@@ -90,6 +92,12 @@ def _doctor(args: argparse.Namespace) -> int:
     from server import doctor
 
     return doctor.main(args.url, args.api_key)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from server.evaluation import command
+
+    return command.main(args)
 
 
 if __name__ == "__main__":

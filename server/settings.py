@@ -52,10 +52,12 @@ def add_flags(parser: ArgumentParser, environment: Mapping[str, str] = os.enviro
     group = parser.add_argument_group("Calibration", "Attention calibration (Trimtab).")
     add = partial(_add, group.add_argument, environment)
     add_calibrators(group.add_argument, environment)
-    add("--default-calibration", _json, None, "JSON: calibration of requests that name none.")
+    add(
+        "--default-calibration", json_or_name, None, "JSON: calibration of requests that name none."
+    )
     add(
         "--max-calibrations-per-request",
-        _positive,
+        positive,
         2,
         "Longest list of calibrations a request may send.",
     )
@@ -102,7 +104,8 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def _json(text: str) -> object:
+def json_or_name(text: str) -> object:
+    """Parse a calibration from a flag: JSON, or a name without quotes."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -112,7 +115,8 @@ def _json(text: str) -> object:
         raise ArgumentTypeError(f"not JSON: {text!r}") from None
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Parse a whole number above 0 from a flag."""
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"not a positive whole number: {text!r}")
     return int(text)

@@ -11,11 +11,10 @@ import httpx
 import numpy as np
 
 from server.evaluation.api import ApiFailure, Calibration, Refused
+from server.evaluation.flags import CONCURRENCY
 from server.evaluation.samples import Sample
 from server.evaluation.scoring import Scorer, Verdict
 from server.evaluation.statistics import PairedDifference, Proportion, paired_difference, proportion
-
-CONCURRENCY = 8
 
 
 class RunFailed(Exception):
@@ -89,9 +88,10 @@ class Run:
         return _share(outcome.valid for outcome in self.outcomes)
 
     @property
-    def accuracy_among_valid(self) -> Proportion:
-        """Right answers among the valid ones."""
-        return _share(outcome.correct for outcome in self.outcomes if outcome.valid)
+    def accuracy_among_valid(self) -> Proportion | None:
+        """Right answers among the valid ones; None without any."""
+        valid = [outcome for outcome in self.outcomes if outcome.valid]
+        return _share(outcome.correct for outcome in valid) if valid else None
 
     @property
     def latency(self) -> Latency:

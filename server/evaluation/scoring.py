@@ -10,9 +10,8 @@ from typing import Any, Protocol, TypeAlias
 
 from server.evaluation.answers import matched
 from server.evaluation.api import Answer, Api, ApiFailure, Calibration, Receipt, member
+from server.evaluation.flags import MAX_TOKENS
 from server.evaluation.samples import Sample
-
-MAX_TOKENS = 8
 
 Tokens: TypeAlias = tuple[int, ...]
 

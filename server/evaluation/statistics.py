@@ -14,13 +14,13 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Proportion:
-    """A share of a number of cases, with Wilson's 95 % interval; None without cases."""
+    """A share of a number of cases, with Wilson's 95 % interval."""
 
     count: int
     total: int
-    value: float | None
-    low: float | None
-    high: float | None
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,7 @@ class PairedDifference:
 
 
 def proportion(count: int, total: int) -> Proportion:
-    """`count` of `total`, with its interval."""
-    if not total:
-        return Proportion(count, total, None, None, None)
+    """`count` of `total` cases, one at least, with its interval."""
     interval = stats.binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")
     return Proportion(count, total, count / total, float(interval.low), float(interval.high))
 
