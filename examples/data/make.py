@@ -21,8 +21,8 @@ SPLITS = {"search": 160, "report": 240}
 SENTIMENT = "Review: {}\nSentiment:"
 TOPIC = "News: {}\nTopic:"
 READING = "{}\nQuestion: {}\nAnswer:"
-# Without examples SmolLM2-135M answers "No" to all of these. It leans that way with as many examples
-# of either answer, too; with one "No" among them it does not.
+# Without examples SmolLM2-135M answers "No" to all of these, and leans that way with as many
+# examples of either answer, too; with one "No" among them it does not.
 EXAMPLES = (
     ("Leo has a horse and Kim has a goat.", "Does Kim have a goat?", "Yes"),
     ("May went to Rome on a Sunday.", "Did May go to Rome?", "Yes"),
