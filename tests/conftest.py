@@ -25,6 +25,7 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("engine"):
             item.add_marker(pytest.mark.xdist_group("engine"))
 
+
 CONFIG_HASH = "c0" * 32
 
 
