@@ -27,10 +27,9 @@ from server.engine.prompts import inspect
 from server.engine.reports import listen, on_shutdown
 from server.front_end import FrontEnd
 from server.metrics import Metrics
-from server.middleware.drain import DrainMiddleware
-from server.middleware.plain_routes import PlainRoutesMiddleware
 from server.routes import calibrators, generate, health
 from server.settings import Settings
+from server.shell import enclose, guard
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -51,8 +50,7 @@ class TrimtabEndpoint:
         self._app = app
         for module in (generate, calibrators, health):
             app.include_router(module.router)
-        app.add_middleware(PlainRoutesMiddleware, calibrated=generate.PATHS)
-        app.add_middleware(DrainMiddleware, draining=lambda: app.state.trimtab.draining)
+        guard(app, app.state.args, Settings.from_args(app.state.args))
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -65,19 +63,20 @@ class TrimtabEndpoint:
         if engine_client is None or self._app is None:
             raise startup.StartupRefused("Trimtab needs an engine: it cannot run render-only")
         await startup.verify_workers(engine_client)
-        front_end = build_front_end(engine_client, Settings.from_args(args))
+        settings = Settings.from_args(args)
+        front_end = build_front_end(engine_client, settings)
         state.trimtab = front_end
         inspect(engine_client, front_end.check_prompt)
         listen(engine_client, front_end.report)
         on_shutdown(engine_client, lambda: setattr(front_end, "draining", True))
         handle_errors(self._app)
+        enclose(self._app, args, settings)
 
 
 def handle_errors(app: FastAPI) -> None:
     """Answer errors in our envelope.
 
-    vLLM registers its own handlers after the routes and builds the middleware stack at once, so
-    ours come after that and the stack is built anew.
+    vLLM registers its own handlers after the routes, so ours come after that.
     """
     theirs = {error: _enveloped(handler) for error, handler in app.exception_handlers.items()}
     ours: dict[Any, Any] = {
@@ -86,7 +85,6 @@ def handle_errors(app: FastAPI) -> None:
         RequestValidationError: errors.handle_validation_error,
     }
     app.exception_handlers.update({**theirs, **ours})
-    app.middleware_stack = app.build_middleware_stack()
 
 
 def _enveloped(handler: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -114,7 +112,8 @@ def build_front_end(engine_client: EngineClient, settings: Settings) -> FrontEnd
     except Refusal as refusal:
         raise startup.StartupRefused(f"--default-calibration: {refusal.message}") from None
     metrics = Metrics(names, vllm.__version__, current_platform.device_type)
-    return FrontEnd(admission, metrics, settings.salt_key.encode())
+    capacity = config.scheduler_config.max_num_seqs + settings.limits.max_queued_requests
+    return FrontEnd(admission, metrics, settings.salt_key.encode(), capacity=capacity)
 
 
 def endpoint_plugin() -> TrimtabEndpoint:

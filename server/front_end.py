@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from server.admission import Admission, Admitted
 from server.engine.payload import Report
 from server.metrics import Metrics
+from server.middleware.keys import TENANT
 from server.receipts import Receipt, ReceiptDesk
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ class FrontEnd:
         salt_key: secret of cache salts, the same in all API servers of an engine.
         desk: open receipts.
         draining: set when shutdown has begun.
+        capacity: requests served at once, running and queued; more are refused.
     """
 
     admission: Admission
@@ -32,6 +35,7 @@ class FrontEnd:
     salt_key: bytes
     desk: ReceiptDesk = field(default_factory=ReceiptDesk)
     draining: bool = False
+    capacity: int = sys.maxsize
 
     def open(self, admitted: Admitted, choices: int) -> Receipt:
         """A receipt for a request that is about to run."""
@@ -68,6 +72,16 @@ class FrontEnd:
         self, admitted: Admitted, user_salt: str | None, raw_request: Request
     ) -> str | None:
         """Cache salt of a calibrated request; different for every API key."""
-        key = raw_request.headers.get("Authorization", "")
-        tenant = hashlib.sha256(key.encode()).hexdigest() if key else ""
-        return admitted.cache_salt(self.salt_key, tenant, user_salt)
+        return admitted.cache_salt(self.salt_key, _tenant(raw_request), user_salt)
+
+
+def _tenant(raw_request: Request) -> str:
+    """Digest of the key a request was let in with; of its header where nothing checks keys here.
+
+    A proxy may check them instead.
+    """
+    verified: str | None = raw_request.scope.get(TENANT)
+    if verified is not None:
+        return verified
+    header = raw_request.headers.get("Authorization", "")
+    return hashlib.sha256(header.encode()).hexdigest() if header else ""
