@@ -40,6 +40,8 @@ MEDIA = frozenset(
     {"image", "image_url", "input_image", "image_pil", "video", "video_url", "input_video"}
     | {"audio", "audio_url", "input_audio"}
 )
+# Digits of a number that a message repeats.
+_SHOWN = 20
 # Arguments of a tool call are the client's own data, whatever they look like.
 _TOOL_CALL = "tool_use"
 
@@ -192,11 +194,12 @@ def _check_rule(rule: Rule, where: str, fields: Mapping[str, Any], limits: Limit
     for name in rule.fields:
         found = rule.measure(fields[name]) if name in fields else None
         if found is not None and found > allowed:
-            shown = "negative" if found == inf else f"{found:.12g}"
+            counted = rule.measure is not number
+            shown = str(found if counted else fields[name])[:_SHOWN]
             raise ApiError(
                 HTTPStatus.BAD_REQUEST,
-                f"{where}{name} {rule.says.format(shown)}; at most {allowed} allowed, "
-                f"as {flag_of(rule.limit)} says",
+                f"{where}{name} {rule.says.format(shown)}; "
+                f"{'at most' if counted else '0 to'} {allowed} are allowed ({flag_of(rule.limit)})",
                 param=where + name,
                 code=LIMIT_EXCEEDED,
             )
