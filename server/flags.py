@@ -6,7 +6,10 @@ import json
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping
 from math import isfinite
+from pathlib import Path
 from typing import Any
+
+from server.presets import NAME
 
 PREFIX = "TRIMTAB_"
 
@@ -40,10 +43,17 @@ def json_or_name(text: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        # A bare word is a calibrator's name; anything else was meant as JSON.
-        if text.isidentifier():
+        # A bare word is a calibrator's or a preset's name; anything else was meant as JSON.
+        if NAME.fullmatch(text):
             return text
         raise ArgumentTypeError(f"not JSON: {text!r}") from None
+
+
+def path(text: str) -> Path:
+    """A path; the empty one is a mistake."""
+    if not text:
+        raise ArgumentTypeError("a path is needed")
+    return Path(text)
 
 
 def positive(text: str) -> int:

@@ -113,6 +113,10 @@ class Metrics:
         """A request was refused because too many are being served."""
         self._rejections.labels(OVERLOADED).inc()
 
+    def profiles_loaded(self, number: int) -> None:
+        """So many profiles were read at the start. One that is refused ends it."""
+        self._profile_loads.labels("loaded").inc(number)
+
     def opened(self, receipt: Receipt) -> None:
         """A calibrated request starts."""
         for method in receipt.admitted.methods:

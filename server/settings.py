@@ -12,6 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from calibrators.registry import BUILT_IN
@@ -30,6 +31,8 @@ class Settings:
 
     Attributes:
         calibrators: names of the methods on offer.
+        calibration_profiles: folder of profiles.
+        calibration_presets: file of presets.
         default_calibration: `calibration` of requests that say nothing.
         max_calibrations_per_request: longest list a request may send.
         allow_untested_vllm: start with a vLLM this version was not tested with.
@@ -42,6 +45,8 @@ class Settings:
     """
 
     calibrators: tuple[str, ...] = BUILT_IN
+    calibration_profiles: Path | None = None
+    calibration_presets: Path | None = None
     default_calibration: Any = None
     max_calibrations_per_request: int = 2
     allow_untested_vllm: bool = False
@@ -64,11 +69,15 @@ def add_flags(parser: ArgumentParser, environment: Mapping[str, str] = os.enviro
     group = parser.add_argument_group("Calibration", "Attention calibration (Trimtab).")
     add = partial(add_flag, group.add_argument, environment)
     add_calibrators(group.add_argument, environment)
+    add("--calibration-profiles", flags.path, None, "Folder of profiles, one JSON file each.")
+    add(
+        "--calibration-presets", flags.path, None, "TOML file of presets, which name calibrations."
+    )
     add(
         "--default-calibration",
         flags.json_or_name,
         None,
-        "JSON: what requests that name none get.",
+        "Calibration of requests that name none: JSON, or the name of a calibrator or preset.",
     )
     add(
         "--max-calibrations-per-request",

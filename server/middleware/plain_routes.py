@@ -52,8 +52,8 @@ class PlainRoutesMiddleware:
 
 
 def _asks(sent: bytes) -> bool:
-    # A key may be spelled with escapes, so only their absence makes the short cut safe.
-    if FIELD.encode() not in sent and b"\\" not in sent:
+    # A key may be spelled with escapes or in UTF-16: only without both is the short cut safe.
+    if FIELD.encode() not in sent and b"\\" not in sent and b"\0" not in sent:
         return False
     try:
         content = json.loads(sent)
