@@ -26,7 +26,7 @@ class Limits:
     header_timeout: float = _limit(10.0, "Seconds until a request's headers are complete.")
     body_timeout: float = _limit(60.0, "Seconds from there until its body is complete.")
     max_queued_requests: int = _limit(
-        256, "Requests being served by one API server; more get 503 with Retry-After."
+        256, "Requests that wait while others run; more get 503 with Retry-After."
     )
     max_n: int = _limit(16, "Choices per prompt: n, best_of.")
     max_prompts: int = _limit(128, "Prompts, or conversations, in one request.")

@@ -70,9 +70,7 @@ def add_flags(parser: ArgumentParser, environment: Mapping[str, str] = os.enviro
     add = partial(add_flag, group.add_argument, environment)
     add_calibrators(group.add_argument, environment)
     add("--calibration-profiles", flags.path, None, "Folder of profiles, one JSON file each.")
-    add(
-        "--calibration-presets", flags.path, None, "TOML file of presets, which name calibrations."
-    )
+    add("--calibration-presets", flags.path, None, "TOML file of presets, which name calibrations.")
     add(
         "--default-calibration",
         flags.json_or_name,
