@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from math import isfinite
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.admission import FIELD
 from server.errors import ApiError
 from server.middleware import body
 
@@ -56,26 +57,52 @@ def parse(sent: bytes) -> object:
     Raises:
         ApiError: a number is not finite, or too long to read, or the value is nested too deep.
     """
+    odd: list[str] = []
     try:
-        return json.loads(sent, parse_constant=_refuse_number, parse_float=_float)
+        content = json.loads(
+            sent,
+            parse_constant=lambda text: _noted(text, odd),
+            parse_float=lambda text: _noted(text, odd),
+        )
     except (json.JSONDecodeError, UnicodeDecodeError):
         return None
     except ValueError:
         # Python reads whole numbers of up to 4,300 digits.
-        return _refuse_number("")
+        raise _error("the body holds a number that is too long") from None
     except RecursionError:
         raise _error("the body is nested too deep") from None
+    if odd:
+        _refuse_odd(content)
+    return content
 
 
-def _float(text: str) -> float:
+def _noted(text: str, odd: list[str]) -> float:
     value = float(text)
-    return value if isfinite(value) else _refuse_number(text)
+    if not isfinite(value):
+        odd.append(text)
+    return value
 
 
-def _refuse_number(text: str) -> NoReturn:
-    shown = f" {text[:20]}" if text else ""
-    raise _error(f"the body holds the number{shown}, which is not finite or too long")
+def _refuse_odd(content: object) -> None:
+    for path, value in _numbers(content):
+        if not isfinite(value):
+            raise _error(f"{path or 'the body'} is no finite number", path)
 
 
-def _error(message: str) -> ApiError:
-    return ApiError(HTTPStatus.BAD_REQUEST, message, code="invalid_request")
+def _numbers(content: object) -> Iterator[tuple[str | None, float]]:
+    """Paths of floats, but those in `calibration`, of which admission has more to say."""
+    pending: list[tuple[str | None, object]] = [(None, content)]
+    while pending:
+        path, value = pending.pop()
+        if isinstance(value, float):
+            yield path, value
+        elif isinstance(value, list):
+            pending.extend((f"{path or ''}[{index}]", each) for index, each in enumerate(value))
+        elif isinstance(value, dict):
+            prefix = "" if path is None else f"{path}."
+            own = path is None
+            pending.extend((prefix + k, each) for k, each in value.items() if not own or k != FIELD)
+
+
+def _error(message: str, param: str | None = None) -> ApiError:
+    return ApiError(HTTPStatus.BAD_REQUEST, message, param=param, code="invalid_request")

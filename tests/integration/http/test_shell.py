@@ -7,8 +7,6 @@ import socket
 
 import pytest
 
-pytestmark = pytest.mark.engine
-
 
 def exchange(server, sent):
     """What comes back for some bytes, until the server closes."""

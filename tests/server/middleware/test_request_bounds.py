@@ -67,6 +67,28 @@ def test_numbers_that_are_not_finite_and_endless_nesting_are_refused(client, bod
 
 
 @pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"temperature": NaN}', "temperature"),
+        (b'{"a": [0.5, {"b": -Infinity}]}', "a[1].b"),
+        (b"[[1e400]]", "[0][0]"),
+        (b"NaN", None),
+        (b'{"a": {"calibration": NaN}}', "a.calibration"),
+        (b'{"": {"calibration": NaN}}', ".calibration"),
+    ],
+)
+def test_the_field_is_named(client, body, param):
+    error = client.post("/x", content=body).json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(param or "the body")
+
+
+@pytest.mark.parametrize("body", [b'{"calibration": {"gamma": NaN}}', b'{"a": NaN, "a": 1}'])
+def test_what_others_refuse_or_nobody_sees_is_left_alone(client, body):
+    assert client.post("/x", content=body).json()["length"] == len(body)
+
+
+@pytest.mark.parametrize(
     "body", [b"", b"{", b"\xff\xfe\x00", b'{"a": 1} {"secret": 1}', b'"secret"', b'["secret"]']
 )
 def test_what_is_no_object_is_left_to_the_route(client, body):
@@ -99,7 +121,7 @@ def test_a_value_is_read_as_it_is_or_refused_for_its_numbers(value):
         assert parse(text.encode()) == value
     except ApiError as error:
         assert not finite
-        assert "not finite" in error.message
+        assert "no finite number" in error.message
 
 
 @given(sent=st.binary(max_size=60))
