@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
+import socket
 import sys
 from functools import cache
 from types import SimpleNamespace
@@ -13,11 +15,15 @@ import pytest
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
+from uvicorn.config import HTTP_PROTOCOLS
 from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import serve_http
 
 from server import protocol, serve
-from server.app import TrimtabEndpoint, handle_errors
+from server.app import handle_errors
+from server.limits import Limits
 from server.middleware.paths import OPEN_PATHS, PROBES
+from server.protocol import select
 from server.settings import Settings
 from server.shell import enclose
 
@@ -38,9 +44,8 @@ HOSTS = [
 def build(*flags):
     """vLLM's application as a server of ours has it, with these flags."""
     args = serve.parse(["model", *flags])
+    os.environ["VLLM_PLUGINS"] = "trimtab"
     app = build_app(args, ("generate",))
-    endpoint = TrimtabEndpoint()
-    endpoint.attach_router(app)
     app.state.trimtab = SimpleNamespace(
         draining=False, capacity=sys.maxsize, metrics=SimpleNamespace(overloaded=lambda: None)
     )
@@ -247,6 +252,45 @@ def test_an_overloaded_server_answers_probes(make_app):
     assert (response.status_code, is_enveloped(response)["code"]) == (503, "overloaded")
     assert int(response.headers["Retry-After"]) > 0
     assert all(client.get(path).status_code == 200 for path in OPEN_PATHS - {"/health"})
+
+
+async def spoken(app, sent):
+    """What vLLM's own launcher, serving `app`, answers to some bytes."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        host, port = listener.getsockname()
+        # As vLLM calls it: the protocol is not named.
+        flags = {"h11_max_incomplete_event_size": serve.HEADER_BYTES, "log_level": "critical"}
+        job = asyncio.create_task(serve_http(app, listener, host=host, port=port, **flags))
+        while not getattr(getattr(app.state, "server", None), "started", False):
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(sent)
+        found = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        app.state.server.should_exit = True
+        await (await job)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"\0\r\n\r\n", b"invalid_http"),
+        (b"GET / HTTP/1.1\r\nHost: " + b"a" * 100_000, b"headers_too_large"),
+        (b"GET / HT", b"request_timeout"),
+        (b"GET /version HTTP/1.0\r\n\r\n", b"vllm_version"),
+    ],
+    ids=["no HTTP", "long headers", "slow headers", "a request"],
+)
+@pytest.mark.usefixtures("make_app")
+def test_the_launcher_of_vllm_speaks_our_protocol(monkeypatch, sent, said):
+    monkeypatch.setitem(HTTP_PROTOCOLS, "auto", HTTP_PROTOCOLS["auto"])
+    select(Limits(header_timeout=0.3))
+    # The launcher leaves nothing of an application's state.
+    app = build()
+    app.state.server, app.state.engine_client, app.state.log_stats = None, None, False
+    assert said in asyncio.run(spoken(app, sent))
 
 
 def crafted():
