@@ -18,6 +18,13 @@ from calibrators.settings import CalibrationSettings
 settings.register_profile("trimtab", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("trimtab")
 
+
+def pytest_collection_modifyitems(items):
+    """With several test processes, engines are left to one of them: never two side by side."""
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.xdist_group("engine"))
+
 CONFIG_HASH = "c0" * 32
 
 
