@@ -186,10 +186,10 @@ def observing(make_calibrator):
 
 BLOCK = ProbabilityBlock(0, (), (Span(0, 0),))
 IN_TIME = [
-    (ColumnMeans(0), {Prefill.WHOLE}),
-    (BLOCK, {Prefill.SPLIT_LAST}),
-    (HeadOutputs(0), {Prefill.WHOLE, Prefill.SPLIT_LAST}),
-    (ResidualPeaks(0, (1,)), {Prefill.ANY, Prefill.WHOLE, Prefill.SPLIT_LAST}),
+    (ColumnMeans(0), (Prefill.WHOLE,)),
+    (BLOCK, (Prefill.SPLIT_LAST,)),
+    (HeadOutputs(0), (Prefill.WHOLE, Prefill.SPLIT_LAST)),
+    (ResidualPeaks(0, (1,)), tuple(Prefill)),
 ]
 
 
