@@ -63,7 +63,8 @@ def model_identity(vllm_config: VllmConfig) -> str:
 
 def counts_for_all(vllm_config: VllmConfig) -> bool:
     """Whether this API server counts, once, what all of them do alike at their start."""
-    return vllm_config.parallel_config._api_process_rank <= 0
+    rank: int = vllm_config.parallel_config._api_process_rank
+    return rank <= 0
 
 
 def calibrators_of(vllm_config: VllmConfig) -> tuple[str, ...]:
