@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -12,7 +12,12 @@ from calibrators.interface import CalibrationError, Json, ModelFacts
 
 # Longer than any model is deep or wide; a bound on what one request can make us check.
 MAX_INDICES = 1024
+MAX_NAME = 128
 DECIMAL = re.compile(r"0|[1-9][0-9]{0,5}")
+
+
+Name: TypeAlias = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9._-]*$", max_length=MAX_NAME)]
+"""Name of a profile or a preset."""
 
 
 class CalibrationSettings(BaseModel):
@@ -24,6 +29,9 @@ class CalibrationSettings(BaseModel):
 
     method: str
     """Name of the calibrator."""
+    # Left out of what is dumped: a profile supplies parameters and is none.
+    profile: Name | None = Field(default=None, exclude=True)
+    """Name of a profile that supplies the parameters left out here."""
 
 
 def _distinct(indices: list[int]) -> list[int]:
@@ -66,29 +74,34 @@ def select(layers: Layers, heads: Heads, facts: ModelFacts) -> Selection:
             `heads` names a layer that `layers` leaves out.
     """
     chosen = list(range(facts.layers)) if layers == "all" else list(layers)
-    _check_range("layers", chosen, facts.layers, "layers")
+    check_range("layers", chosen, facts.layers, "layers")
     if isinstance(heads, Mapping):
         return _select_by_layer(chosen, heads, facts)
     shared = list(range(facts.query_heads)) if heads == "all" else list(heads)
-    _check_range("heads", shared, facts.query_heads, "query heads")
+    check_range("heads", shared, facts.query_heads, "query heads")
     return {layer: tuple(shared) for layer in chosen}
 
 
 def _select_by_layer(
     layers: Sequence[int], heads: Mapping[int, list[int]], facts: ModelFacts
 ) -> Selection:
-    _check_range("heads", list(heads), facts.layers, "layers")
+    check_range("heads", list(heads), facts.layers, "layers")
     stray = sorted(set(heads) - set(layers))
     if stray:
         raise CalibrationError(
             "heads", f"heads names layer {stray[0]}, which layers leaves out; name it in both"
         )
     for layer, chosen in heads.items():
-        _check_range("heads", chosen, facts.query_heads, f"query heads (in layer {layer})")
+        check_range("heads", chosen, facts.query_heads, f"query heads (in layer {layer})")
     return {layer: tuple(heads[layer]) for layer in sorted(heads)}
 
 
-def _check_range(param: str, indices: Sequence[int], limit: int, noun: str) -> None:
+def check_range(param: str, indices: Iterable[int], limit: int, noun: str) -> None:
+    """Refuse indices of layers or heads that the model has not got.
+
+    Raises:
+        CalibrationError: on `param`, for the first index that is not below `limit`.
+    """
     for index in indices:
         if index >= limit:
             raise CalibrationError(
