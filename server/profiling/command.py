@@ -20,7 +20,8 @@ from server.evaluation.command import Unusable, progress, scorer, served
 from server.evaluation.samples import DataError, Sample, draw
 from server.profiling import plots, report
 from server.profiling.course import run
-from server.profiling.outcome import Outcome
+from server.profiling.entropies import Entropies
+from server.profiling.outcome import Accuracies
 from server.profiling.pairs import MeasurementFailed, Pairs, mean
 from server.profiling.questions import Answers, Entropy, Question, Sinks
 from server.profiling.result import Result
@@ -131,19 +132,21 @@ async def _searched(
 
     course = await run(method.search, score)
     chosen = Candidate("profile", {"method": task.args.method, **course.choice.parameters})
-    asked = Stage(REPORT, "answers", (BASELINE, chosen))
+    labelled = task.data.labelled
+    asked = Stage(REPORT, "answers" if labelled else "entropy", (BASELINE, chosen))
     before, after = await pairs.measure(asked, task.report)
+    seed = task.args.seed
     return Result(
         name=task.args.out.stem,
         method=task.args.method,
         model=model,
         versions=api.versions,
         data=task.data,
-        seed=task.args.seed,
+        seed=seed,
         samples=(len(task.search), len(task.report)),
         settings={**task.settings, **method.settings},
         course=course,
-        outcome=Outcome.of(before, after, task.args.seed),
+        outcome=Accuracies.of(before, after, seed) if labelled else Entropies.of(before, after),
     )
 
 

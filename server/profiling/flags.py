@@ -57,7 +57,7 @@ def _add_zerotuning(methods: Commands) -> argparse.ArgumentParser:
     add(
         "--unsupervised",
         action="store_true",
-        help="choose by the entropy of the next token; answers are for the report alone",
+        help="choose by the entropy of the next token; the data needs no answers",
     )
     return _with_common(parser)
 

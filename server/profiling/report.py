@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from server.evaluation.report import aligned, percent, points, share
+from server.evaluation.report import aligned, percent
 from server.profiling.course import Scored
-from server.profiling.outcome import Side
 from server.profiling.result import Result
-from server.profiling.search import BASELINE, Score
+from server.profiling.search import Score
 
 NOTES = """\
-Brackets hold 95 % intervals: Wilson's for shares, a bootstrap over samples for the difference. p is
-of the exact McNemar test. The parameters were chosen on the search samples alone; the report
-samples were asked once, with the chosen ones."""
+Brackets hold 95 % intervals: Wilson's for shares, a bootstrap over samples for their difference,
+Student's for entropies. p is of the exact McNemar test. The parameters were chosen on the search
+samples alone; the report samples were asked once, with the chosen ones."""
 
 
 def stage_table(scored: Scored) -> str:
@@ -29,22 +28,16 @@ def stage_table(scored: Scored) -> str:
 
 def outcome_table(result: Result) -> str:
     """Baseline and profile on the report samples."""
-    header = ("report samples", "accuracy (95 %)", "valid", "among valid")
-    outcome = result.outcome
-    rows = [(BASELINE.label, *_side(outcome.baseline)), ("profile", *_side(outcome.result))]
-    return aligned([header, *rows])
+    return aligned(result.outcome.rows)
 
 
 def summary(result: Result) -> str:
     """What was chosen and whether it helps."""
-    difference = result.outcome.difference
     return "\n".join(
         [
             f"Chosen: {json.dumps(dict(result.course.choice.parameters))}",
             *result.course.choice.remarks,
-            f"Against the baseline: {points(difference)} points of accuracy, "
-            f"{difference.gained} samples gained, {difference.lost} lost, "
-            f"p {difference.p_value:.3g}.",
+            result.outcome.change,
             result.outcome.verdict,
         ]
     )
@@ -75,8 +68,3 @@ def page(result: Result, pictures: Sequence[str]) -> str:
 def _cell(name: str, score: Score) -> str:
     value = score[name]
     return percent(value) if name in ("accuracy", "valid") else f"{value:.4f}"
-
-
-def _side(side: Side) -> tuple[str, str, str]:
-    among = "" if side.among_valid is None else percent(side.among_valid.value)
-    return share(side.accuracy), percent(side.valid.value), among

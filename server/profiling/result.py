@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from calibrators import profiles
-from calibrators.profiles import Estimate, ModelIdentity, Profile, Provenance
+from calibrators.profiles import ModelIdentity, Profile, Provenance
 from server.evaluation.samples import Dataset
-from server.evaluation.statistics import CONFIDENCE, Proportion
+from server.evaluation.statistics import CONFIDENCE
 from server.profiling.course import Course, Scored
-from server.profiling.outcome import Outcome
+from server.profiling.entropies import Entropies
+from server.profiling.outcome import Accuracies
 
 DIGITS = 6
 
@@ -43,11 +44,12 @@ class Result:
     samples: tuple[int, int]
     settings: Mapping[str, Any]
     course: Course
-    outcome: Outcome
+    outcome: Accuracies | Entropies
 
     def profile(self) -> Profile:
         """The profile, whether it helps or not: its provenance says which."""
         search, report = self.samples
+        baseline, result = self.outcome.estimates
         return Profile(
             format=profiles.FORMAT,
             name=self.name,
@@ -57,9 +59,9 @@ class Result:
             provenance=Provenance(
                 data=profiles.Data(name=self.data.name, sha256=self.data.sha256),
                 split=profiles.Split(seed=self.seed, search=search, report=report),
-                metric="accuracy",
-                baseline=_estimate(self.outcome.baseline.accuracy),
-                result=_estimate(self.outcome.result.accuracy),
+                metric=self.outcome.metric,
+                baseline=baseline,
+                result=result,
                 confidence=CONFIDENCE,
                 date=datetime.now(UTC).date().isoformat(),
                 trimtab=self.versions["version"],
@@ -75,13 +77,6 @@ class Result:
             "remarks": [*self.course.choice.remarks],
             "report": {"verdict": self.outcome.verdict, **asdict(self.outcome)},
         }
-
-
-def _estimate(share: Proportion) -> Estimate:
-    # Wilson's interval holds the share but for rounding, at 0 and at 1.
-    return Estimate(
-        value=share.value, low=min(share.low, share.value), high=max(share.high, share.value)
-    )
 
 
 def _stage(scored: Scored) -> dict[str, Any]:

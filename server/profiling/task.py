@@ -58,7 +58,8 @@ class Task:
             Unusable: the profile would not be one, or is there already.
         """
         _check_out(args.out)
-        data, seed = read(args.data), args.seed
+        unlabelled = args.method == "zerotuning" and args.unsupervised
+        data, seed = read(args.data, unlabelled=unlabelled), args.seed
         return cls(
             args,
             data,

@@ -88,6 +88,33 @@ def test_without_answers_the_surest_is_taken(profile):
     assert {s["stage"] for s in load(out).provenance.search["stages"]} == {"probe", "sweep"}
 
 
+def test_unsupervised_needs_no_answers(profile, data, capsys):
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    asked = [{key: line[key] for key in ("prompt", "split")} for line in lines]
+    data.write_text("".join(json.dumps(line) + "\n" for line in asked))
+    server = FakeServer({2: 0.5})
+    status, out = profile(server, "--unsupervised")
+    provenance = load(out).provenance
+
+    assert status == 0
+    assert load(out).parameters == {"gamma": 3.5, "heads": [2]}
+    assert provenance.metric.startswith("mean entropy")
+    assert provenance.result.value < provenance.baseline.value
+    assert all(json.loads(asked)[2] for asked in server.asked)
+    assert "was not measured" in capsys.readouterr().out
+    assert "entropy in nats (95 %)" in out.with_suffix(".md").read_text()
+
+
+def test_supervised_needs_answers(profile, data, capsys):
+    data.write_text('{"prompt": "x"}\n')
+    refused(capsys, profile(FakeServer()), "data.jsonl:1: answer: Field required")
+
+
+def test_answers_on_some_lines_alone(profile, data, capsys):
+    data.write_text(data.read_text() + '{"prompt": "x", "split": "search"}\n')
+    refused(capsys, profile(FakeServer(), "--unsupervised"), ":41: answers are given on some")
+
+
 def test_search_and_report_samples_are_disjoint_and_limited(profile, data):
     server = FakeServer(HEADS)
     _, out = profile(server, "--samples", "10", "--report-samples", "5")

@@ -1,7 +1,7 @@
 import pytest
 
 from server.evaluation.statistics import paired_difference, proportion
-from server.profiling.outcome import Outcome
+from server.profiling.outcome import Accuracies
 
 
 def outcome(before, after):
@@ -10,7 +10,7 @@ def outcome(before, after):
         [{"accuracy": float(c == "r"), "valid": float(c != "i")} for c in side]
         for side in (before, after)
     ]
-    return Outcome.of(*sides, seed=3)
+    return Accuracies.of(*sides, seed=3)
 
 
 def test_shares_and_difference_are_those_of_the_samples():
