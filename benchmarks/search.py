@@ -127,7 +127,7 @@ async def compared(address: str, plan: Plan) -> Comparison:
     async with connected(address, trust_env=False) as api:
         heads = member(await api.get("/v1/calibration/profiles"), "model", "query_heads")
         candidates = _probes(int(heads))
-        samples = draw(read(DATA).part("search", 0), plan.samples)
+        samples = draw(read(DATA).samples, plan.samples)
         pairs = [(candidate, sample) for candidate in candidates for sample in samples]
         drawn = random.Random(0).sample(pairs, plan.drawn)
         half = len(drawn) // 2
