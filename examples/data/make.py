@@ -1,7 +1,7 @@
 """Write the evaluation sets next to this file: `python examples/data/make.py`.
 
-The same seed gives the same bytes. Items are distinct, labels come equally often in both splits, and
-neighbouring lines are shuffled.
+The same seed gives the same bytes. Items are distinct, and each answer comes equally often in
+either split, in an order that is drawn.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from source import reading, sentiment, topics
 SEED = 20251
 SPLITS = {"search": 160, "report": 240}
 
-SENTIMENT = """\
-Review: {}
-Does the writer of this review feel positive or negative about it? Answer with one word."""
-TOPIC = """\
-{}
-Is this news about sports, business, science or politics? Answer with one word."""
-READING = """\
-{}
-Question: {} Answer yes or no."""
+SENTIMENT = "Review: {}\nSentiment:"
+TOPIC = "News: {}\nTopic:"
+READING = "{}\nQuestion: {}\nAnswer:"
+# Without examples SmolLM2-135M answers "No" to all of these, and leans that way with as many
+# examples of either answer, too; with one "No" among them it does not.
+EXAMPLES = (
+    ("Leo has a horse and Kim has a goat.", "Does Kim have a goat?", "Yes"),
+    ("May went to Rome on a Sunday.", "Did May go to Rome?", "Yes"),
+    ("Tom put the milk in the fridge.", "Is the milk in the oven?", "No"),
+    ("The boots are brown and the hat is pink.", "Is the hat pink?", "Yes"),
+    ("Sue works in a mill. Her uncle is a priest.", "Does Sue work in a mill?", "Yes"),
+    ("Amy gave Rob a pear.", "Did Amy give a pear to Rob?", "Yes"),
+)
 
-Make = Callable[[str, random.Random], dict[str, object]]
+Make = Callable[[str, random.Random], str]
 
 
-def chat(text: str) -> dict[str, object]:
-    """A question in one turn."""
-    return {"messages": [{"role": "user", "content": text}]}
-
-
-def make_sentiment(label: str, rng: random.Random) -> dict[str, object]:
+def make_sentiment(label: str, rng: random.Random) -> str:
     """A review."""
-    return chat(SENTIMENT.format(sentiment.review(label, rng)))
+    return SENTIMENT.format(sentiment.review(label, rng))
 
 
-def make_topic(label: str, rng: random.Random) -> dict[str, object]:
+def make_topic(label: str, rng: random.Random) -> str:
     """A sentence of news."""
-    return chat(TOPIC.format(topics.sentence(label, rng)))
+    return TOPIC.format(topics.sentence(label, rng))
 
 
-def make_reading(label: str, rng: random.Random) -> dict[str, object]:
-    """A passage with a question."""
+def make_reading(label: str, rng: random.Random) -> str:
+    """A passage with a question, behind some that are answered."""
+    shown = [f"{READING.format(passage, question)} {a}\n\n" for passage, question, a in EXAMPLES]
     item = reading.item(label, rng)
-    return chat(READING.format(item.passage, item.question))
+    return "".join(shown) + READING.format(item.passage, item.question)
 
 
 SETS: dict[str, tuple[Make, Sequence[str]]] = {
@@ -70,25 +70,22 @@ def lines(name: str, seed: int) -> Iterator[str]:
         rng.shuffle(answers)
         for answer in answers:
             number += 1
-            asked = distinct(make, answer, rng, seen)
             line = {
                 "id": f"{name}-{number:03}",
                 "split": split,
-                **asked,
-                "answer": answer.capitalize(),
-                "labels": [label.capitalize() for label in labels],
+                "prompt": distinct(make, answer, rng, seen),
+                "answer": f" {answer}",
+                "labels": [f" {label}" for label in labels],
             }
             yield json.dumps(line) + "\n"
 
 
-def distinct(make: Make, answer: str, rng: random.Random, seen: set[str]) -> dict[str, object]:
+def distinct(make: Make, answer: str, rng: random.Random, seen: set[str]) -> str:
     """An item that was not made before."""
-    while True:
-        asked = make(answer, rng)
-        text = json.dumps(asked)
-        if text not in seen:
-            seen.add(text)
-            return asked
+    while (prompt := make(answer, rng)) in seen:
+        pass
+    seen.add(prompt)
+    return prompt
 
 
 def main() -> int:

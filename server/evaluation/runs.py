@@ -151,9 +151,11 @@ async def run(
                 group.create_task(_outcome(scorer, sample, calibration, slots))
                 for sample in samples
             ]
-    except* RunFailed as failures:
-        failed = failures.exceptions[0]
-        raise failed from None
+    except ExceptionGroup as group:
+        failed, others = group.split(RunFailed)
+        if failed is None or others is not None:
+            raise
+        raise failed.exceptions[0] from None
     result = Run(calibration, tuple(task.result() for task in tasks), time.perf_counter() - started)
     if len(result.digests) > 1:
         raise RunFailed(f"receipts of one calibration have the digests {result.digests}")

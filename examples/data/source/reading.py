@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-LABELS = ("yes", "no")
+LABELS = ("Yes", "No")
 PEOPLE = (
     "Anna", "Ben", "Carla", "David", "Elif", "Frank", "Gina", "Hugo", "Irene", "Jonas", "Karim",
     "Lena", "Marco", "Nina", "Oscar", "Paula", "Rosa", "Stefan", "Tara", "Viktor",
@@ -23,9 +23,11 @@ HOURS = ("seven", "eight", "nine", "ten", "eleven")
 ANIMALS = ("a cat", "a parrot", "a rabbit", "two goldfish", "an old dog", "a tortoise")
 CITIES = ("Lisbon", "Oslo", "Naples", "Vienna", "Dublin", "Prague", "Athens", "Bruges")
 JOBS = ("nurse", "carpenter", "pilot", "cook", "gardener", "judge", "painter", "dentist")
-REASONS = ("heavy snow", "a strike", "a burst pipe", "a power cut", "a gas leak", "a broken lift")
-EVENTS = ("concert", "market", "lecture", "parade", "wedding", "auction")
-FOODS = ("plums", "eggs", "candles", "apples", "rolls", "onions")
+GOODS = ("a torch", "two towels", "a kettle", "a pack of cards", "some candles", "a raincoat",
+         "a map", "three novels")  # fmt: skip
+PAINTED = ("door", "fence", "boat", "kitchen", "bicycle", "garden chair")
+PET_NAMES = ("Biscuit", "Captain", "Daisy", "Monty", "Pepper", "Saffron")
+COLOURS = ("red", "white", "green", "yellow", "grey", "blue", "black")
 FILLERS = (
     "It was a grey afternoon.", "The radio was playing in the next room.",
     "Nobody else was at home.", "The street was quiet at that hour.",
@@ -43,7 +45,7 @@ class Item:
 
 def item(answer: str, rng: random.Random) -> Item:
     """A passage and a question with this answer."""
-    return rng.choice(FORMS)(answer == "yes", rng)
+    return rng.choice(FORMS)(answer == "Yes", rng)
 
 
 def _moved(yes: bool, rng: random.Random) -> Item:
@@ -67,28 +69,21 @@ def _opening(yes: bool, rng: random.Random) -> Item:
 
 
 def _pets(yes: bool, rng: random.Random) -> Item:
-    (one, two), (his, hers) = rng.sample(PEOPLE, 2), rng.sample(ANIMALS, 2)
-    passage = f"{one} keeps {his} in a small flat. {rng.choice(FILLERS)} {two}, who lives upstairs, has {hers}."
-    return Item(passage, f"Does {one} have {his if yes else hers}?")
+    (one, two), (his, hers, other) = rng.sample(PEOPLE, 2), rng.sample(ANIMALS, 3)
+    passage = (
+        f"{one} keeps {his} in a small flat. {rng.choice(FILLERS)} "
+        f"{two}, who lives upstairs, has {hers}."
+    )
+    return Item(passage, f"Does {one} have {his if yes else other}?")
 
 
 def _jobs(yes: bool, rng: random.Random) -> Item:
-    (one, two), (city, town) = rng.sample(PEOPLE, 2), rng.sample(CITIES, 2)
-    job, other = rng.sample(JOBS, 2)
-    passage = f"{one} works as a {job} in {city}. {two} is a {other} in {town}."
-    who, where = rng.choice(((one, city), (two, town)))
-    asked = where if yes else (town if where == city else city)
-    return Item(passage, f"Does {who} work in {asked}?")
-
-
-def _cancelled(yes: bool, rng: random.Random) -> Item:
-    event, (true, wrong) = rng.choice(EVENTS), rng.sample(REASONS, 2)
-    city = rng.choice(CITIES)
-    passage = (
-        f"The {event} in {city} was called off because of {true}. "
-        f"People had first thought that {wrong} was to blame."
+    (one, two), (city, town, other) = rng.sample(PEOPLE, 2), rng.sample(CITIES, 3)
+    passage = "{} works as a {} in {}. {} is a {} in {}.".format(
+        *(one, rng.choice(JOBS), city), *(two, rng.choice(JOBS), town)
     )
-    return Item(passage, f"Was the {event} called off because of {true if yes else wrong}?")
+    who, where = rng.choice(((one, city), (two, town)))
+    return Item(passage, f"Does {who} work in {where if yes else other}?")
 
 
 def _ordered(yes: bool, rng: random.Random) -> Item:
@@ -100,42 +95,58 @@ def _ordered(yes: bool, rng: random.Random) -> Item:
     return Item(passage, f"Was {pair[0]} at the hut before {pair[1]}?")
 
 
-def _everyone_but(yes: bool, rng: random.Random) -> Item:
-    one, two, three = rng.sample(PEOPLE, 3)
-    event = rng.choice(EVENTS)
+def _packed(yes: bool, rng: random.Random) -> Item:
+    who, (one, two, three, missing) = rng.choice(PEOPLE), rng.sample(GOODS, 4)
     passage = (
-        f"{one}, {two} and {three} had tickets for the {event}. "
-        f"All of them went, except {two}, who had caught a cold."
+        f"{who} packed {one}, {two} and {three} for the weekend. {rng.choice(FILLERS)} "
+        f"There was room for nothing else."
     )
-    return Item(passage, f"Did {rng.choice((one, three)) if yes else two} go to the {event}?")
+    asked = rng.choice((one, two, three)) if yes else missing
+    return Item(passage, f"Did {who} pack {asked}?")
 
 
-def _counted(yes: bool, rng: random.Random) -> Item:
-    who, food = rng.choice(PEOPLE), rng.choice(FOODS)
-    had, gone = rng.randint(8, 20), rng.randint(2, 6)
-    left = had - gone
-    asked = left if yes else left + rng.choice((-1, 1, 2))
-    passage = f"There were {had} {food} in the basket. {who} took {gone} of them to a neighbour."
-    return Item(passage, f"Are {asked} {food} left in the basket?")
+def _coloured(yes: bool, rng: random.Random) -> Item:
+    who, (before, after, other) = rng.choice(PEOPLE), rng.sample(COLOURS, 3)
+    what = rng.choice(PAINTED)
+    passage = (
+        f"{who} painted the {what} {after}. It had been {before} for twenty years. "
+        f"{rng.choice(FILLERS)}"
+    )
+    return Item(passage, f"Did {who} paint the {what} {after if yes else other}?")
 
 
-def _gave(yes: bool, rng: random.Random) -> Item:
+def _lent(yes: bool, rng: random.Random) -> Item:
     one, two = rng.sample(PEOPLE, 2)
     thing = rng.choice(OBJECTS)
-    passage = f"{one} lent {two} the {thing} on Monday. {rng.choice(FILLERS)} On Friday {two} still had them."
-    giver, taker = (one, two) if yes else (two, one)
-    return Item(passage, f"Did {giver} lend the {thing} to {taker}?")
-
-
-def _promised(yes: bool, rng: random.Random) -> Item:
-    (one, two), (city, other) = rng.sample(PEOPLE, 2), rng.sample(CITIES, 2)
     passage = (
-        f"{one} wanted to spend the summer in {city}. {two} talked about {other} until {one} gave in, "
-        f"and they booked two seats."
+        f"{one} lent {two} the {thing} on Monday. {rng.choice(FILLERS)} "
+        f"On Friday {two} still had them."
     )
-    return Item(passage, f"Did they book seats to {other if yes else city}?")
+    lender, borrower = (one, two) if yes else (two, one)
+    return Item(passage, f"Did {lender} lend the {thing} to {borrower}?")
+
+
+def _named(yes: bool, rng: random.Random) -> Item:
+    owner = rng.choice(PEOPLE)
+    one, two = rng.sample(("dog", "horse", "donkey", "goat"), 2)
+    name, other = rng.sample(PET_NAMES, 2)
+    third = rng.choice([each for each in PET_NAMES if each not in (name, other)])
+    passage = (
+        f"{owner} calls the {one} {name}. {rng.choice(FILLERS)} "
+        f"The {two} came with the name {other}."
+    )
+    return Item(passage, f"Is the {one} called {name if yes else third}?")
+
+
+def _travelled(yes: bool, rng: random.Random) -> Item:
+    who, (start, end, other) = rng.choice(PEOPLE), rng.sample(CITIES, 3)
+    how, instead = rng.sample(("by train", "by bus", "by ship", "by bicycle", "on foot"), 2)
+    passage = f"{who} travelled from {start} to {end} {how}. {rng.choice(FILLERS)}"
+    if rng.random() < 0.5:
+        return Item(passage, f"Did {who} travel to {end if yes else other}?")
+    return Item(passage, f"Did {who} travel {how if yes else instead}?")
 
 
 FORMS: tuple[Callable[[bool, random.Random], Item], ...] = (
-    _moved, _opening, _pets, _jobs, _cancelled, _ordered, _everyone_but, _counted, _gave, _promised,
+    _moved, _opening, _pets, _jobs, _ordered, _packed, _coloured, _lent, _named, _travelled,
 )  # fmt: skip

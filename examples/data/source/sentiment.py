@@ -1,8 +1,8 @@
 """Short reviews whose writer was pleased or not.
 
 Merits and faults are listed for each kind of thing, and reviews of either label draw on both lists:
-a pleased writer admits a fault, an annoyed one a merit, and what others say or what was expected goes
-the other way. The writer's own mind decides.
+a pleased writer admits a fault, an annoyed one a merit, and what others say or what was expected
+goes the other way. The writer's own mind decides.
 """
 
 from __future__ import annotations
