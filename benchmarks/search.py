@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from benchmarks import machine
@@ -34,7 +34,8 @@ from server.profiling.questions import Answers
 from server.profiling.search import BASELINE, Candidate, Stage
 from server.profiling.state import opened
 
-DATA = Path(__file__).parents[1] / "examples" / "data" / "sentiment.jsonl"
+# Prompts of about 30 tokens, answers of one.
+DATA = Path(__file__).parents[1] / "examples" / "data" / "topic.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Plan:
     """What to measure.
 
     Attributes:
+        data: file of labelled samples.
         samples: that every head is probed on.
         concurrency: pairs under way at a time on the one side.
         drawn: pairs that are measured one at a time.
@@ -49,6 +51,7 @@ class Plan:
         max_tokens: that the model may write.
     """
 
+    data: Path
     samples: int
     concurrency: int
     drawn: int
@@ -90,7 +93,7 @@ class Comparison:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print the table, write the JSON."""
     args = _parser().parse_args(argv)
-    plan = Plan(args.samples, args.concurrency, args.drawn, args.scoring, args.max_tokens)
+    plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
     # The default action would leave a server running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     described = machine.facts()
@@ -102,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         document = {
             "machine": described,
             "flags": [f"--dtype={args.dtype}", *FLAGS],
-            "plan": asdict(plan),
+            "plan": asdict(plan) | {"data": plan.data.name},
             "result": {**asdict(found), "ratio": found.ratio},
         }
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -114,8 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--model", type=Path, help="checkpoint folder; default: the embedded one")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--data", type=Path, default=DATA, help="labelled samples")
     parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--drawn", type=int, default=60, help="pairs measured one at a time")
     parser.add_argument("--scoring", choices=("generate", "logprob"), default="generate")
     parser.add_argument("--max-tokens", type=int, default=8)
@@ -127,7 +131,7 @@ async def compared(address: str, plan: Plan) -> Comparison:
     async with connected(address, trust_env=False) as api:
         heads = member(await api.get("/v1/calibration/profiles"), "model", "query_heads")
         candidates = _probes(int(heads))
-        samples = draw(read(DATA).samples, plan.samples)
+        samples = draw(read(plan.data).samples, plan.samples)
         pairs = [(candidate, sample) for candidate in candidates for sample in samples]
         drawn = random.Random(0).sample(pairs, plan.drawn)
         half = len(drawn) // 2
