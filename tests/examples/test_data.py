@@ -48,7 +48,9 @@ def test_no_single_word_tells_the_answer(name, most):
     samples = read(DATA / f"{name}.jsonl").samples
     texts = [set(re.findall(r"\w+", sample.prompt.lower())) for sample in samples]
     answers = [sample.answer for sample in samples]
-    best = max(share(answers, [word in text for text in texts]) for word in set().union(*texts))
+    # A word in fewer items than this moves the share by less than the bounds leave.
+    common = [word for word, count in Counter(w for t in texts for w in t).items() if count > 10]
+    best = max(share(answers, [word in text for text in texts]) for word in common)
     assert best < most
 
 

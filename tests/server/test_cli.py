@@ -24,7 +24,9 @@ def run(*argv):
     )
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["calibrators"], ["models"], ["--version"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["calibrators"], ["models"], ["--version"], ["eval", "--help"]]
+)
 def test_light_commands_import_nothing_heavy(argv):
     done = run(*argv)
     assert done.returncode == 0
@@ -47,7 +49,7 @@ def test_help_lists_the_commands(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    for command in ("serve", "models", "calibrators", "doctor"):
+    for command in ("serve", "models", "calibrators", "doctor", "eval"):
         assert re.search(rf"^    {command}\s+\w", out, re.MULTILINE)
 
 
@@ -58,7 +60,9 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"trimtab {__version__}\n"
 
 
-@pytest.mark.parametrize("argv", [[], ["fly"], ["models", "prepare"], ["doctor", "--port", "1"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["fly"], ["models", "prepare"], ["doctor", "--port", "1"], ["eval", "--data", "x"]]
+)
 def test_what_is_no_command(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(argv)
