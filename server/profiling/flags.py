@@ -13,7 +13,7 @@ from server.profiling import act, zerotuning
 from server.settings import positive
 
 # More than `trimtab eval` has: nothing here is timed, and full batches are what makes it quick.
-CONCURRENCY = 32
+CONCURRENCY = 64
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
