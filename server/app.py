@@ -25,11 +25,10 @@ from server.engine.prompts import inspect
 from server.engine.reports import listen, on_shutdown
 from server.front_end import FrontEnd
 from server.metrics import Metrics
-from server.middleware.drain import DrainMiddleware
-from server.middleware.plain_routes import PlainRoutesMiddleware
 from server.offer import offer
 from server.routes import calibrators, generate, health, models, presets, profiles
 from server.settings import Settings
+from server.shell import enclose, guard
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -52,8 +51,7 @@ class TrimtabEndpoint:
         self._app = app
         for module in ROUTES:
             app.include_router(module.router)
-        app.add_middleware(PlainRoutesMiddleware, calibrated=generate.PATHS)
-        app.add_middleware(DrainMiddleware, draining=lambda: app.state.trimtab.draining)
+        guard(app, app.state.args, Settings.from_args(app.state.args))
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -66,20 +64,21 @@ class TrimtabEndpoint:
         if engine_client is None or self._app is None:
             raise startup.StartupRefused("Trimtab needs an engine: it cannot run render-only")
         await startup.verify_workers(engine_client)
+        settings = Settings.from_args(args)
         names = args.served_model_name or [args.model]
-        front_end = build_front_end(engine_client, Settings.from_args(args), names)
+        front_end = build_front_end(engine_client, settings, names)
         state.trimtab = front_end
         inspect(engine_client, front_end.check_prompt)
         listen(engine_client, front_end.report)
         on_shutdown(engine_client, lambda: setattr(front_end, "draining", True))
         handle_errors(self._app)
+        enclose(self._app, args, settings)
 
 
 def handle_errors(app: FastAPI) -> None:
     """Answer errors in our envelope.
 
-    vLLM registers its own handlers after the routes and builds the middleware stack at once, so
-    ours come after that and the stack is built anew.
+    vLLM registers its own handlers after the routes, so ours come after that.
     """
     theirs = {error: _enveloped(handler) for error, handler in app.exception_handlers.items()}
     ours: dict[Any, Any] = {
@@ -88,7 +87,6 @@ def handle_errors(app: FastAPI) -> None:
         RequestValidationError: errors.handle_validation_error,
     }
     app.exception_handlers.update({**theirs, **ours})
-    app.middleware_stack = app.build_middleware_stack()
 
 
 def _enveloped(handler: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -108,7 +106,9 @@ def build_front_end(
     metrics = Metrics(admission.calibrators, vllm.__version__, current_platform.device_type)
     if counts_for_all(config):
         metrics.profiles_loaded(len(admission.profiles))
-    return FrontEnd(admission, metrics, settings.salt_key.encode(), aliases)
+    capacity = config.scheduler_config.max_num_seqs + settings.limits.max_queued_requests
+    key = settings.salt_key.encode()
+    return FrontEnd(admission, metrics, key, aliases, capacity=capacity)
 
 
 def endpoint_plugin() -> TrimtabEndpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,22 @@ if TYPE_CHECKING:
 INVALID_CALIBRATION = "invalid_calibration"
 # A message repeats parts of the request; this bounds what a small request can make us send.
 MAX_MESSAGE = 1000
+MAX_PARAM = 200
+# Bytes are bounded too: with both, an answer stays under 4 KiB whatever is quoted in it.
+_MAX_BYTES = 2000
+# What an exception may tell of the machine. No pattern can match in two ways, so all are linear.
+_PRIVATE = (
+    (re.compile(r"\bTraceback \(most recent call last\):?"), ""),
+    (re.compile(r'File "[^"]*", line \d+(, in \w+)?'), ""),
+    (re.compile(r"\b0x[0-9a-fA-F]{4,}"), "<address>"),
+    (
+        re.compile(
+            r"(?<![\w/.])/(?:app|etc|home|lib|mnt|opt|proc|root|srv|sys|tmp|usr|var|work|workspace)"
+            r"/[^\s'\",;:)\]]+"
+        ),
+        "<path>",
+    ),
+)
 
 _TYPES = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -68,11 +85,20 @@ def envelope(
     status: HTTPStatus, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
     """`{"error": {"message", "type", "param", "code"}}`."""
-    if len(message) > MAX_MESSAGE:
-        message = message[:MAX_MESSAGE] + "..."
+    message = bounded(message, MAX_MESSAGE)
+    param = None if param is None else bounded(param, MAX_PARAM)
     fallback = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else None
     kind = _TYPES.get(status) or fallback or "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def bounded(text: str, limit: int) -> str:
+    """At most `limit` characters that every client can print, with nothing of the machine."""
+    cut = text[:limit].encode("utf-8", "replace")[:_MAX_BYTES].decode("utf-8", "ignore")
+    cut = "".join(c if c.isprintable() else " " for c in cut)
+    for pattern, instead in _PRIVATE:
+        cut = pattern.sub(instead, cut)
+    return cut if len(text) <= limit else cut + "..."
 
 
 async def handle_api_error(_: Request, error: ApiError) -> JSONResponse:

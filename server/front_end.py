@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from server.admission import Admission, Admitted
 from server.aliases import Alias
 from server.engine.payload import Report
 from server.metrics import Metrics
+from server.middleware.keys import TENANT
 from server.receipts import Receipt, ReceiptDesk
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ class FrontEnd:
         aliases: model names that stand for a preset.
         desk: open receipts.
         draining: set when shutdown has begun.
+        capacity: requests served at once, running and queued; more are refused.
     """
 
     admission: Admission
@@ -36,6 +39,7 @@ class FrontEnd:
     aliases: Mapping[str, Alias] = field(default_factory=dict)
     desk: ReceiptDesk = field(default_factory=ReceiptDesk)
     draining: bool = False
+    capacity: int = sys.maxsize
 
     def open(self, admitted: Admitted, choices: int) -> Receipt:
         """A receipt for a request that is about to run."""
@@ -72,6 +76,16 @@ class FrontEnd:
         self, admitted: Admitted, user_salt: str | None, raw_request: Request
     ) -> str | None:
         """Cache salt of a calibrated request; different for every API key."""
-        key = raw_request.headers.get("Authorization", "")
-        tenant = hashlib.sha256(key.encode()).hexdigest() if key else ""
-        return admitted.cache_salt(self.salt_key, tenant, user_salt)
+        return admitted.cache_salt(self.salt_key, _tenant(raw_request), user_salt)
+
+
+def _tenant(raw_request: Request) -> str:
+    """Digest of the key a request was let in with; of its header where nothing checks keys here.
+
+    A proxy may check them instead.
+    """
+    verified: str | None = raw_request.scope.get(TENANT)
+    if verified is not None:
+        return verified
+    header = raw_request.headers.get("Authorization", "")
+    return hashlib.sha256(header.encode()).hexdigest() if header else ""

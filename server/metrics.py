@@ -17,6 +17,7 @@ from server.receipts import Receipt, statistics
 OUTCOMES = ("applied", "skipped", "rejected", "failed")
 PHASES = ("prompt", "completion")
 MOMENTS = ("before", "after")
+OVERLOADED = "overloaded"
 PROFILE_OUTCOMES = ("loaded", "refused")
 
 FAMILIES: frozenset[str] = frozenset(
@@ -69,7 +70,7 @@ class Metrics:
         )
         self._rejections = Counter(
             "trimtab_rejections",
-            "Requests refused for their calibration, by reason.",
+            "Requests refused for their calibration or for lack of room, by reason.",
             ("reason",),
             registry=registry,
         )
@@ -97,7 +98,7 @@ class Metrics:
                 self._tokens.labels(name, phase)
             for moment in MOMENTS:
                 self._sink_mass.labels(name, moment)
-        for reason in REASONS:
+        for reason in (*REASONS, OVERLOADED):
             self._rejections.labels(reason)
         for outcome in PROFILE_OUTCOMES:
             self._profile_loads.labels(outcome)
@@ -107,6 +108,10 @@ class Metrics:
         self._rejections.labels(refusal.reason).inc()
         if refusal.method is not None:
             self._requests.labels(refusal.method, "rejected").inc()
+
+    def overloaded(self) -> None:
+        """A request was refused because too many are being served."""
+        self._rejections.labels(OVERLOADED).inc()
 
     def profiles_loaded(self, number: int) -> None:
         """So many profiles were read at the start. One that is refused ends it."""

@@ -18,13 +18,21 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from calibrators import registry
-from server import __version__, models
+from server import __version__, keys, models
 from server.engine import startup
 from server.engine.payload import KEY
 from server.offer import offer
 from server.settings import Settings, add_flags, share_salt_key
 
 SHUTDOWN_SECONDS = 45
+# vLLM's 4 MB are for no client that means well.
+HEADER_BYTES = 32 * 1024
+REFUSALS = (
+    startup.StartupRefused,
+    registry.RegistryError,
+    models.ModelError,
+    keys.KeyFileError,
+)
 # The embedded models are small; without a figure vLLM would take nearly all memory for keys
 # and values.
 EMBEDDED_KV_CACHE_BYTES = 2 << 30
@@ -37,6 +45,7 @@ def serve(argv: Sequence[str], report: Callable[[str], None]) -> None:
         StartupRefused: the configuration cannot be calibrated.
         RegistryError: a calibrator cannot be offered.
         ModelError: an embedded model cannot be prepared.
+        KeyFileError: the file of API keys cannot be used.
     """
     args = checked(argv, report)
     ServeSubcommand().cmd(args)
@@ -46,12 +55,13 @@ def checked(argv: Sequence[str], report: Callable[[str], None]) -> Namespace:
     """Arguments of a server that can calibrate; nothing runs yet.
 
     Raises:
-        StartupRefused, RegistryError, ModelError: as `serve` does.
+        StartupRefused, RegistryError, ModelError, KeyFileError: as `serve` does.
     """
     cli_env_setup()
     args = parse(with_model(argv))
     settings = Settings.from_args(args)
     registry.load(settings.calibrators)
+    keys.configured(args, settings)
     startup.check_version(allow_untested=settings.allow_untested_vllm)
     startup.check_arguments(args)
     resolve_model(args, report)
@@ -92,7 +102,11 @@ def parse(argv: Sequence[str]) -> Namespace:
     serve_parser = ServeSubcommand().subparser_init(commands)
     serve_parser.usage = "trimtab serve [MODEL] [options]"
     add_flags(serve_parser)
-    serve_parser.set_defaults(model=models.DEFAULT_MODEL, shutdown_timeout=SHUTDOWN_SECONDS)
+    serve_parser.set_defaults(
+        model=models.DEFAULT_MODEL,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+    )
     if current_platform.is_cpu():
         # Compiling takes a minute and gains a tenth; see docs/decisions.md.
         serve_parser.set_defaults(enforce_eager=True)
@@ -149,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
     """Run, answering a refusal with one line and exit status 2."""
     try:
         serve(argv, lambda line: print(line, file=sys.stderr, flush=True))
-    except (startup.StartupRefused, registry.RegistryError, models.ModelError) as error:
+    except REFUSALS as error:
         print(f"trimtab: {error}", file=sys.stderr)
         return 2
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from server.settings import json_or_name, positive
+from server.flags import json_or_name, positive
 
 MAX_TOKENS = 8
 CONCURRENCY = 8

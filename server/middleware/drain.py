@@ -8,8 +8,8 @@ from http import HTTPStatus
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import ApiError
+from server.middleware.paths import OPEN_PATHS, path_of
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
 RETRY_AFTER_SECONDS = "5"
 
 
@@ -26,7 +26,7 @@ class DrainMiddleware:
         self.draining = draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or not self.draining():
+        if scope["type"] != "http" or path_of(scope) in OPEN_PATHS or not self.draining():
             await self.app(scope, receive, send)
             return
         error = ApiError(

@@ -10,10 +10,12 @@ import json
 from collections.abc import Set
 from http import HTTPStatus
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.admission import FIELD, OFF
 from server.errors import INVALID_CALIBRATION, ApiError
+from server.middleware import body
+from server.middleware.paths import path_of
 
 
 class PlainRoutesMiddleware:
@@ -29,11 +31,15 @@ class PlainRoutesMiddleware:
         self.calibrated = calibrated
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] in self.calibrated:
+        if (
+            scope["type"] != "http"
+            or scope["method"] != "POST"
+            or path_of(scope) in self.calibrated
+        ):
             await self.app(scope, receive, send)
             return
-        messages = await _read(receive)
-        if _asks(b"".join(message.get("body", b"") for message in messages)):
+        messages = await body.read(receive)
+        if _asks(body.content(messages)):
             error = ApiError(
                 HTTPStatus.BAD_REQUEST,
                 f"this route does not take {FIELD}; {' and '.join(sorted(self.calibrated))} do",
@@ -42,33 +48,15 @@ class PlainRoutesMiddleware:
             )
             await error.response()(scope, receive, send)
             return
-        await self.app(scope, _replay(messages, receive), send)
+        await self.app(scope, body.replay(messages, receive), send)
 
 
-async def _read(receive: Receive) -> list[Message]:
-    """Everything up to the end of the body, or to the client's disconnection."""
-    messages = [await receive()]
-    while messages[-1].get("more_body", False):
-        messages.append(await receive())
-    return messages
-
-
-def _replay(messages: list[Message], receive: Receive) -> Receive:
-    pending = iter(messages)
-
-    async def replayed() -> Message:
-        message = next(pending, None)
-        return message if message is not None else await receive()
-
-    return replayed
-
-
-def _asks(body: bytes) -> bool:
-    # A key may be spelled with escapes, so only their absence makes the short cut safe.
-    if FIELD.encode() not in body and b"\\" not in body:
+def _asks(sent: bytes) -> bool:
+    # A key may be spelled with escapes or in UTF-16: only without both is the short cut safe.
+    if FIELD.encode() not in sent and b"\\" not in sent and b"\0" not in sent:
         return False
     try:
-        content = json.loads(body)
+        content = json.loads(sent)
     except ValueError:
         return False
     return isinstance(content, dict) and content.get(FIELD) not in (None, OFF)

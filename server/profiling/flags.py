@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from server.evaluation.flags import add_asking
+from server.flags import positive
 from server.profiling import act, zerotuning
-from server.settings import positive
 
 # More than `trimtab eval` has: nothing here is timed, and full batches are what makes it quick.
 CONCURRENCY = 64

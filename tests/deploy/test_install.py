@@ -279,4 +279,4 @@ def test_make_test_ends_with_pytest():
         capture_output=True,
         text=True,
     )
-    assert done.stdout.splitlines()[-1] == ".venv/bin/pytest -k x"
+    assert done.stdout.splitlines()[-1] == ".venv/bin/pytest -n 2 --dist loadgroup -k x"

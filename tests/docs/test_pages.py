@@ -11,10 +11,16 @@ from calibrators.interface import ModelFacts
 from calibrators.profiles import load
 from server.admission import REASONS, Admission
 from server.errors import INVALID_CALIBRATION
+from server.limits import table
+from server.metrics import OVERLOADED
 from server.presets import read
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODES = (
+    *("limit_exceeded", "not_allowed", "invalid_http", "invalid_api_key"),
+    *("request_timeout", "body_too_large", "headers_too_large"),
+)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
@@ -27,13 +33,20 @@ def test_links_to_files_resolve(page):
 
 def test_every_page_is_linked_from_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = [page.relative_to(ROOT).as_posix() for page in PAGES[1:]]
 
-    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
+    assert [page for page in names if f"({page})" not in readme] == []
 
 
-@pytest.mark.parametrize("name", [*REASONS, INVALID_CALIBRATION, "calibration_not_applied"])
+@pytest.mark.parametrize(
+    "name", [*REASONS, OVERLOADED, *CODES, INVALID_CALIBRATION, "calibration_not_applied"]
+)
 def test_the_errors_page_has_every_reason_and_code(name):
     assert f"`{name}`" in (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+
+
+def test_the_limits_page_has_the_table_of_the_code():
+    assert f"\n\n{table()}\n\n" in (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

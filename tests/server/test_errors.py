@@ -75,6 +75,48 @@ def test_messages_are_bounded():
     assert message == "x" * MAX_MESSAGE + "..."
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["\0" * 5000, '"' * 5000, "\\" * 5000, "\U0001f600" * 5000, "\ud800" * 5000, "\n\t\x7f" * 2000],
+    ids=ascii,
+)
+def test_an_answer_is_short_and_can_be_sent_whatever_it_quotes(text):
+    error = ApiError(HTTPStatus.BAD_REQUEST, text, param=text, code="code")
+    assert len(error.response().body) <= 4096
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cannot open /home/user/models/config.json, sorry",
+        "<object at 0x7f12ab34cd56>",
+        'Traceback (most recent call last):\n  File "/usr/lib/x.py", line 5, in run\n    run()',
+        "see '/root/.cache/huggingface'",
+        "in /opt/venv/lib/python3.11/site-packages/vllm/x.py:77",
+    ],
+)
+def test_messages_tell_nothing_of_the_machine(text):
+    message = envelope(HTTPStatus.INTERNAL_SERVER_ERROR, text)["error"]["message"]
+    for private in (
+        "/home",
+        "0x7f",
+        "Traceback",
+        "File ",
+        "/usr",
+        "/root",
+        "/opt",
+        "site-packages",
+    ):
+        assert private not in message
+
+
+@pytest.mark.parametrize(
+    "text", ["GET /v1/calibrators lists them", "a/b and 1/2", "https://a.example/home/x", "/health"]
+)
+def test_what_looks_like_a_path_of_ours_stays(text):
+    assert envelope(HTTPStatus.BAD_REQUEST, text)["error"]["message"] == text
+
+
 def test_our_own_errors_keep_everything(client):
     response = client.get("/busy")
     assert response.status_code == 503

@@ -6,7 +6,15 @@ from calibrators.interface import Bound
 from server import __version__
 from server.admission import REASONS, Admitted, Refusal
 from server.engine.payload import Report, Tally
-from server.metrics import FAMILIES, MOMENTS, OUTCOMES, PHASES, PROFILE_OUTCOMES, Metrics
+from server.metrics import (
+    FAMILIES,
+    MOMENTS,
+    OUTCOMES,
+    OVERLOADED,
+    PHASES,
+    PROFILE_OUTCOMES,
+    Metrics,
+)
 from server.receipts import Receipt
 
 NAMES = ("zerotuning", "vhr")
@@ -69,7 +77,7 @@ def test_every_family_is_exported_and_no_other(metrics):
             "trimtab_calibrated_tokens_total",
             [{"calibrator": n, "phase": p} for n in NAMES for p in PHASES],
         ),
-        ("trimtab_rejections_total", [{"reason": reason} for reason in REASONS]),
+        ("trimtab_rejections_total", [{"reason": reason} for reason in (*REASONS, OVERLOADED)]),
         ("trimtab_calibration_seconds_count", [{"calibrator": n} for n in NAMES]),
         ("trimtab_active_requests", [{"calibrator": n} for n in NAMES]),
         (
@@ -179,3 +187,10 @@ def test_seconds_are_observed_where_a_report_has_them(metrics):
     assert metrics.value("trimtab_calibration_seconds_count", **labels) == 1
     assert metrics.value("trimtab_calibration_seconds_sum", **labels) == pytest.approx(0.002)
     assert metrics.value("trimtab_calibration_seconds_count", calibrator="vhr") == 0
+
+
+def test_a_request_refused_for_lack_of_room_is_counted(metrics):
+    metrics.overloaded()
+    name = "trimtab_rejections_total"
+    found = {s.labels["reason"]: s.value for s in metrics.samples() if s.name == name}
+    assert found == dict.fromkeys(REASONS, 0) | {OVERLOADED: 1}

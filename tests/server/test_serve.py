@@ -10,7 +10,7 @@ from transformers import BertConfig, DeepseekV2Config, LlamaConfig, WhisperConfi
 
 from server.engine.startup import StartupRefused
 from server.fingerprint import fingerprint
-from server.serve import checked
+from server.serve import HEADER_BYTES, checked, main, parse
 
 LLAMA = LlamaConfig(
     architectures=["LlamaForCausalLM"],
@@ -183,3 +183,14 @@ def test_a_model_is_refused_by_its_name(check, model, said):
 def test_what_vllm_refuses_itself_does_not_start_either(check, flags, said):
     with pytest.raises(ValueError, match=said):
         check(LLAMA, *flags)
+
+
+def test_headers_are_bounded_more_closely_than_by_vllm():
+    assert parse([]).h11_max_incomplete_event_size == HEADER_BYTES
+    given = parse(["--h11-max-incomplete-event-size", "1000"])
+    assert given.h11_max_incomplete_event_size == 1000
+
+
+def test_a_key_file_that_cannot_be_used_stops_the_start(capsys, tmp_path):
+    assert main([str(tmp_path), "--api-key-file", str(tmp_path / "none")]) == 2
+    assert "--api-key-file" in capsys.readouterr().err

@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 
 from calibrators.registry import BUILT_IN
-from server.settings import PREFIX, SALT_KEY, Settings, add_flags, share_salt_key
+from server.flags import PREFIX
+from server.limits import Limits
+from server.settings import SALT_KEY, Settings, add_flags, share_salt_key
 
 
 def parse(*argv, **environment):
@@ -21,6 +23,9 @@ def test_defaults(monkeypatch):
     assert (settings.calibration_profiles, settings.calibration_presets) == (None, None)
     assert settings.max_calibrations_per_request == 2
     assert settings.allow_untested_vllm is False
+    assert settings.metrics_without_key is False
+    assert settings.api_key_file is None
+    assert settings.limits == Limits()
 
 
 @pytest.mark.parametrize(
@@ -40,12 +45,20 @@ def test_defaults(monkeypatch):
         ("max_calibrations_per_request", "3", 3),
         ("allow_untested_vllm", "true", True),
         ("allow_untested_vllm", "False", False),
+        ("api_key_file", "keys.txt", "keys.txt"),
+        ("metrics_without_key", "true", True),
+        ("allowed_chat_template_kwargs", "a, b", ("a", "b")),
+        ("allowed_chat_template_kwargs", "", ()),
     ],
 )
 def test_flags_and_environment_say_the_same(name, text, value):
     flag = "--" + name.replace("_", "-")
     assert getattr(parse(f"{flag}={text}"), name) == value
     assert getattr(parse(**{name: text}), name) == value
+
+
+def test_limits_are_part_of_the_settings():
+    assert parse("--max-n", "2").limits == Limits(max_n=2)
 
 
 def test_a_flag_wins_over_the_environment():

@@ -4,7 +4,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 
-from server.middleware.drain import OPEN_PATHS, DrainMiddleware
+from server.middleware.drain import DrainMiddleware
+from server.middleware.paths import OPEN_PATHS
 
 
 @pytest.fixture

@@ -39,6 +39,12 @@ def test_refused_however_the_key_is_spelled(client):
     assert client.post("/v1/responses", content=body).status_code == 400
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_refused_however_the_body_is_encoded(client, encoding):
+    body = json.dumps(BODY).encode(encoding)
+    assert client.post("/v1/responses", content=body).status_code == 400
+
+
 def test_calibrated_routes_get_the_body_untouched(client):
     response = client.post("/v1/completions", json=BODY)
     assert response.json() == {"length": len(response.request.content)}

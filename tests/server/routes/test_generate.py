@@ -7,6 +7,7 @@ from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 
 from server.admission import REASONS
+from server.middleware.keys import TENANT
 from server.routes import generate
 
 ZERO = {"method": "zerotuning", "gamma": 0.5}
@@ -430,3 +431,18 @@ def test_a_handler_that_gives_up_closes_the_receipt(
     client.post("/v1/completions", json={"prompt": "hi", "calibration": ZERO})
     assert outcomes() == {"failed": 1}
     assert_closed()
+
+
+def test_the_salt_goes_by_the_key_that_let_the_request_in(app, engine):
+    salts = []
+    for header, tenant in [("Bearer a", "1"), ("bearer  a", "1"), ("Bearer a", "2"), ("", None)]:
+
+        async def named(scope, receive, send, tenant=tenant):
+            await app({**scope, **({TENANT: tenant} if tenant else {})}, receive, send)
+
+        client = TestClient(named)
+        body = {"prompt": "Hi", "calibration": ZERO, "cache_salt": "mine"}
+        client.post("/v1/completions", json=body, headers={"Authorization": header})
+        salts.append(engine.requests[-1].cache_salt)
+    assert salts[0] == salts[1]
+    assert len(set(salts)) == 3
