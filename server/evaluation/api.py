@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
@@ -35,11 +35,13 @@ class Receipt:
         digest: of settings and model.
         tokens: prompt and completion tokens that were calibrated, summed over the methods.
         skipped: reasons of methods that left the request alone.
+        statistics: of all methods, by name.
     """
 
     digest: str
     tokens: int
     skipped: tuple[str, ...]
+    statistics: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,10 @@ class Api:
         document = await self._post("/tokenize", {"model": self.model, **body})
         return list(member(document, "tokens"))
 
+    async def get(self, path: str) -> Any:  # noqa: ANN401 - JSON
+        """The JSON document at a path."""
+        return _document(await self.http.get(path))
+
     async def _answer(self, path: str, calibration: Calibration, body: Body) -> Answer:
         field = OFF if calibration is None else calibration
         whole = {"model": self.model, "temperature": 0, **body, "calibration": field}
@@ -108,6 +114,11 @@ class Api:
                 for count in ("prompt_tokens", "completion_tokens")
             ),
             skipped=tuple(entry["skipped"] for entry in applied if entry.get("skipped")),
+            statistics={
+                name: value
+                for entry in applied
+                for name, value in (entry.get("statistics") or {}).items()
+            },
         )
 
     def _methods(self, calibration: Calibration) -> list[str] | None:

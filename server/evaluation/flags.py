@@ -48,13 +48,19 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", help="a running server; without it one is started and stopped")
     where.add_argument("--model", help="of the server that is started; default: the embedded one")
+    add("--limit", type=positive, metavar="N", help="at most N samples, drawn by the seed")
+    add_asking(parser, CONCURRENCY)
+
+
+def add_asking(parser: argparse.ArgumentParser, concurrency: int) -> None:
+    """Add how samples are asked, and the flags of a server that is started."""
+    add = parser.add_argument
     add("--api-key", help="key of the running server")
     add(
         "--scoring",
         choices=("generate", "logprob"),
         help="let the model write, or weigh the choices; default: what the file asks for",
     )
-    add("--limit", type=positive, metavar="N", help="at most N samples, drawn by the seed")
     add(
         "--max-tokens",
         type=positive,
@@ -65,11 +71,11 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     add(
         "--concurrency",
         type=positive,
-        default=CONCURRENCY,
+        default=concurrency,
         metavar="N",
-        help=f"samples under way at a time (default: {CONCURRENCY})",
+        help=f"samples under way at a time (default: {concurrency})",
     )
-    add("--seed", type=_whole, default=0, metavar="N", help="of splits, limit and intervals")
+    add("--seed", type=_whole, default=0, metavar="N", help="of splits, draws and intervals")
     add(
         "serve_flags",
         nargs="*",

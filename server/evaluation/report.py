@@ -52,7 +52,7 @@ class Results:
 
     def table(self) -> str:
         """A line per row, in Markdown that reads well on a terminal."""
-        return _aligned([HEADER, *(_cells(row) for row in self.rows)])
+        return aligned([HEADER, *(_cells(row) for row in self.rows)])
 
     def summary(self) -> str:
         """Verdict and remarks."""
@@ -112,38 +112,48 @@ def _cells(row: Row) -> tuple[str, ...]:
     run, among_valid = row.run, row.run.accuracy_among_valid
     return (
         row.name,
-        _proportion(run.accuracy),
-        _percent(run.valid.value),
-        "" if among_valid is None else _percent(among_valid.value),
+        share(run.accuracy),
+        percent(run.valid.value),
+        "" if among_valid is None else percent(among_valid.value),
         *_difference(row.difference),
         _latency(run.latency),
     )
 
 
-def _proportion(share: Proportion) -> str:
-    return f"{_percent(share.value)} ({_percent(share.low)} to {_percent(share.high)})"
+def share(found: Proportion) -> str:
+    """A share with its interval."""
+    return f"{percent(found.value)} ({percent(found.low)} to {percent(found.high)})"
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share without its interval."""
     return f"{value:.1%}"
 
 
 def _difference(difference: PairedDifference | None) -> tuple[str, str, str]:
     if difference is None:
         return "", "", ""
-    points = [f"{100 * x:+.1f}" for x in (difference.difference, difference.low, difference.high)]
     return (
-        f"{points[0]} ({points[1]} to {points[2]})",
+        points(difference),
         f"{difference.gained}, {difference.lost}",
         f"{difference.p_value:.3g}",
     )
+
+
+def points(difference: PairedDifference) -> str:
+    """A difference of accuracies in percentage points, with its interval."""
+    value, low, high = (
+        f"{100 * x:+.1f}" for x in (difference.difference, difference.low, difference.high)
+    )
+    return f"{value} ({low} to {high})"
 
 
 def _latency(latency: Latency) -> str:
     return f"{latency.mean:.2f}, {latency.p50:.2f}, {latency.p90:.2f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up, the header first."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])

@@ -49,6 +49,10 @@ class Line(BaseModel):
     def _is_one_question(self) -> Line:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("either prompt or messages is needed, and not both")
+        self._check_options()
+        return self
+
+    def _check_options(self) -> None:
         if (self.choices is None) == (self.labels is None):
             raise ValueError("either choices or labels is needed, and not both")
         options = self.options
@@ -60,12 +64,21 @@ class Line(BaseModel):
             raise ValueError("a choice has neither letters nor digits")
         if self.answer not in options:
             raise ValueError(f"the answer {self.answer!r} is not among the choices {options}")
-        return self
 
     @property
     def options(self) -> list[str]:
         """What there is to choose from, by either name."""
         return self.choices or self.labels or []
+
+
+class Question(Line):
+    """A line that may have neither answer nor choices."""
+
+    answer: Text = ""
+
+    def _check_options(self) -> None:
+        if self.answer or self.choices is not None or self.labels is not None:
+            super()._check_options()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +89,8 @@ class Sample:
         id: distinct within the file.
         prompt: text to continue; None where it is a chat.
         messages: chat messages; empty where it is a text.
-        choices: possible answers, two at least.
-        answer: the right one.
+        choices: possible answers, two at least; empty where the sample is not labelled.
+        answer: the right one; empty likewise.
         split: as the file fixes it, None where it does not.
     """
 
@@ -109,6 +122,11 @@ class Dataset:
     sha256: str
     scoring: Scoring
     samples: tuple[Sample, ...]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether right answers are known."""
+        return bool(self.samples[0].answer)
 
     def part(self, split: Split | Literal["all"], seed: int = 0) -> tuple[Sample, ...]:
         """The samples of a split, in the order of the file.
@@ -143,8 +161,12 @@ def draw(samples: Sequence[Sample], limit: int | None, seed: int = 0) -> tuple[S
     return tuple(samples[index] for index in sorted(chosen))
 
 
-def read(file: Path) -> Dataset:
+def read(file: Path, *, unlabelled: bool = False) -> Dataset:
     """The data set in a JSONL file.
+
+    Args:
+        file: to read.
+        unlabelled: lines may lack answer and choices, all of them or none.
 
     Raises:
         DataError: it cannot be read, a line is wrong, or lines contradict each other.
@@ -157,7 +179,7 @@ def read(file: Path) -> Dataset:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise DataError(f"{file}:{line}: not UTF-8") from None
-    numbered = list(_lines(file, text))
+    numbered = list(_lines(file, text, Question if unlabelled else Line))
     if not numbered:
         raise DataError(f"{file}: no samples")
     _check_uniform(file, numbered)
@@ -167,12 +189,12 @@ def read(file: Path) -> Dataset:
     return Dataset(file.name, hashlib.sha256(raw).hexdigest(), scoring, samples)
 
 
-def _lines(file: Path, text: str) -> Iterator[tuple[int, Line]]:
+def _lines(file: Path, text: str, form: type[Line]) -> Iterator[tuple[int, Line]]:
     # Not splitlines(): JSON strings may hold characters that it takes for line ends.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, Line.model_validate(_parsed(line))
+                yield number, form.model_validate(_parsed(line))
             except ValueError as error:
                 raise DataError(f"{file}:{number}: {_reason(error)}") from None
 
@@ -216,6 +238,8 @@ def _sample(number: int, line: Line) -> Sample:
 def _check_uniform(file: Path, numbered: Sequence[tuple[int, Line]]) -> None:
     _, first = numbered[0]
     for number, line in numbered:
+        if bool(line.answer) != bool(first.answer):
+            raise DataError(f"{file}:{number}: answers are given on some lines and not on others")
         if (line.labels is None) != (first.labels is None):
             raise DataError(f"{file}:{number}: choices and labels in one file")
         if (line.split is None) != (first.split is None):

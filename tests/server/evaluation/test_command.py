@@ -96,7 +96,8 @@ def test_results_are_complete(evaluate, data):
     assert outcome["choice"] == outcome["answer"] == " yes"
     assert outcome["correct"]
     assert outcome["logprobs"] == {" yes": -1.0, " no": -2.0}
-    assert outcome["receipts"] == [{"digest": "0123456789ab", "tokens": 5, "skipped": []}]
+    (receipt,) = outcome["receipts"]
+    assert receipt == {"digest": "0123456789ab", "tokens": 5, "skipped": [], "statistics": {}}
     assert outcome["seconds"] > 0
 
 

@@ -1,0 +1,135 @@
+"""What a command line asks to search: method, data, samples, settings."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from calibrators.profiles import SUFFIX, ModelIdentity
+from calibrators.settings import Name
+from server.evaluation.command import Unusable
+from server.evaluation.samples import Dataset, Sample, Scoring, draw, read
+from server.profiling import act, zerotuning
+from server.profiling.search import ACCURACY, Objective, Search
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A search, ready to run.
+
+    Attributes:
+        search: not begun.
+        objective: what makes one of its candidates better than another.
+        settings: of the plan.
+    """
+
+    search: Search
+    objective: Objective
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A search on data.
+
+    Attributes:
+        args: parsed flags.
+        data: the file's samples.
+        search: samples to search with.
+        report: samples to report on, none of them among `search`.
+    """
+
+    args: argparse.Namespace
+    data: Dataset
+    search: tuple[Sample, ...]
+    report: tuple[Sample, ...]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Task:
+        """The task of parsed flags.
+
+        Raises:
+            DataError: the data cannot be used, or a split is empty.
+            Unusable: the profile would not be one, or is there already.
+        """
+        _check_out(args.out)
+        unlabelled = args.method == "zerotuning" and args.unsupervised
+        data, seed = read(args.data, unlabelled=unlabelled), args.seed
+        return cls(
+            args,
+            data,
+            draw(data.part("search", seed), args.samples, seed),
+            draw(data.part("report", seed), args.report_samples, seed),
+        )
+
+    @property
+    def state(self) -> Path:
+        """File of the measurements so far."""
+        given: Path | None = self.args.state
+        return given or self.args.out.with_name(f"{self.args.out.name}.partial.jsonl")
+
+    @property
+    def scoring(self) -> Scoring:
+        """How samples are asked."""
+        given: Scoring | None = self.args.scoring
+        return given or self.data.scoring
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that measurements depend on, whatever the method."""
+        return {
+            "scoring": self.scoring,
+            "max_tokens": self.args.max_tokens if self.scoring == "generate" else None,
+            "seed": self.args.seed,
+            "samples": self.args.samples,
+            "report_samples": self.args.report_samples,
+            "serve_flags": self.args.serve_flags,
+        }
+
+    def method(self, model: ModelIdentity) -> Method:
+        """The search of the method for a model.
+
+        Raises:
+            Unusable: the model has too few layers.
+        """
+        args = self.args
+        if args.method == "zerotuning":
+            tuning = zerotuning.Plan(
+                model.query_heads, args.probe_gamma, args.top, args.grid, args.unsupervised
+            )
+            return Method(zerotuning.search(tuning), tuning.objective, asdict(tuning))
+        if model.layers <= act.FIRST_LAYER:
+            raise Unusable(f"act searches layers {act.FIRST_LAYER} and above; there are none")
+        plan = act.Plan(
+            layers=model.layers,
+            heads=model.query_heads,
+            probe=args.probe_beta,
+            screen=args.screen,
+            screen_samples=args.screen_samples,
+            grid=args.grid,
+            alpha=args.alpha,
+        )
+        return Method(act.search(plan), ACCURACY, asdict(plan))
+
+
+def _check_out(out: Path) -> None:
+    """Refuse before hours of work what could not be written after them."""
+    if out.suffix != SUFFIX:
+        raise Unusable(f"--out {out}: a profile's name ends in {SUFFIX}")
+    try:
+        TypeAdapter(Name).validate_python(out.stem)
+    except ValidationError:
+        raise Unusable(
+            f"--out {out}: a profile's name has lower-case letters, digits, '.', '_' and '-' only"
+        ) from None
+    if out.exists():
+        raise Unusable(f"{out} is there already; name another profile")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unusable(f"--out {out}: {error.strerror}") from None
