@@ -22,13 +22,15 @@ SENTIMENT = "Review: {}\nSentiment:"
 TOPIC = "News: {}\nTopic:"
 READING = "{}\nQuestion: {}\nAnswer:"
 # Without examples SmolLM2-135M answers "No" to all of these, and leans that way with as many
-# examples of either answer, too; with one "No" among them it does not.
+# examples of either answer, too. With one "No" in eight it leans to neither side.
 EXAMPLES = (
-    ("Leo has a horse and Kim has a goat.", "Does Kim have a goat?", "Yes"),
+    ("Leo bought a horse and Kim bought a goat.", "Did Kim buy a goat?", "Yes"),
     ("May went to Rome on a Sunday.", "Did May go to Rome?", "Yes"),
-    ("Tom put the milk in the fridge.", "Is the milk in the oven?", "No"),
-    ("The boots are brown and the hat is pink.", "Is the hat pink?", "Yes"),
-    ("Sue works in a mill. Her uncle is a priest.", "Does Sue work in a mill?", "Yes"),
+    ("Tom put the milk in the fridge.", "Did the milk go into the oven?", "No"),
+    ("Pam sold a saw and some rope.", "Did Pam sell some rope?", "Yes"),
+    ("The boots were brown and the hat was pink.", "Did the hat have a pink colour?", "Yes"),
+    ("Ed left before Liz did.", "Did Ed leave before Liz?", "Yes"),
+    ("Sue worked in a mill. Her uncle was a priest.", "Did Sue work in a mill?", "Yes"),
     ("Amy gave Rob a pear.", "Did Amy give a pear to Rob?", "Yes"),
 )
 

@@ -14,6 +14,9 @@ import httpx
 from server.admission import OFF
 
 TIMEOUT = httpx.Timeout(300, connect=10)
+# Servers close idle connections, vLLM's after 5 seconds. A request on one that is being closed is
+# lost, and nothing is sent twice: so they are given up here well before.
+IDLE_SECONDS = 2.0
 
 Calibration: TypeAlias = Any
 Body: TypeAlias = Mapping[str, Any]
@@ -146,7 +149,7 @@ async def connected(
         ApiFailure: no Trimtab server answers there.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    limits = httpx.Limits(max_connections=None)
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=IDLE_SECONDS)
     try:
         client = httpx.AsyncClient(
             base_url=url, headers=headers, timeout=TIMEOUT, limits=limits, trust_env=trust_env

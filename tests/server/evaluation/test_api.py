@@ -1,3 +1,5 @@
+import asyncio
+
 import httpx
 import pytest
 
@@ -93,3 +95,28 @@ async def test_the_key_is_sent():
             async with api.connected("http://host", "secret"):
                 pytest.fail("it is connected")
     assert seen == ["Bearer secret"]
+
+
+async def test_idle_connections_are_given_up_before_the_server_closes_them(monkeypatch):
+    monkeypatch.setattr(api, "IDLE_SECONDS", 0.05)
+    connections = []
+
+    async def serve(reader, writer):
+        connections.append(writer)
+        while (await reader.readuntil(b"\r\n\r\n")) and not writer.is_closing():
+            body = b'{"data": [{"id": "x"}], "version": "1", "vllm_version": "2"}'
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+    async def closed_by_the_client(reader, writer):
+        try:
+            await serve(reader, writer)
+        except asyncio.IncompleteReadError:
+            writer.close()
+
+    async with await asyncio.start_server(closed_by_the_client, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        async with api.connected(f"http://127.0.0.1:{port}", trust_env=False) as server:
+            before = len(connections)
+            await asyncio.sleep(0.1)
+            await server.http.get("/ready")
+    assert (before, len(connections)) == (1, 2)
