@@ -18,3 +18,12 @@ def across_heads(calibrator: Calibrator) -> bool:
     be looked at, and `Coefficients.apply` says which of them are rewritten.
     """
     return bool(getattr(calibrator, "across_heads", False))
+
+
+def chooses_heads(calibrator: Calibrator) -> bool:
+    """Whether a method chooses its heads for each request, from what it observes.
+
+    Declared by `chooses_heads: ClassVar[bool] = True`. `Bound.heads` then is the number of heads it
+    chooses from, and the receipt's `heads` the number that its plans select in all layers.
+    """
+    return bool(getattr(calibrator, "chooses_heads", False))

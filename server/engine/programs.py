@@ -18,6 +18,7 @@ from calibrators.interface import (
     ModelFacts,
     Observed,
     Prompt,
+    Skip,
 )
 from server.engine.payload import Tally
 from server.engine.pools import LayerPools
@@ -99,6 +100,8 @@ class Program:
                 it was.
         """
         plan = self.calibrator.resolve(self._bound, layer, self._facts, self.prompt, observed)
+        if isinstance(plan, Skip):
+            plan = plan.plan
         count = len(self.calibrator.pools)
         if plan is None:
             self.heads[layer] = self.active[layer] = False
