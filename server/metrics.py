@@ -122,7 +122,8 @@ class Metrics:
         """A calibrated request ended, answered in full or not."""
         for bound, tally in receipt.totals():
             self._active.labels(bound.method).dec()
-            self._requests.labels(bound.method, "applied" if answered else "failed").inc()
+            outcome = "skipped" if tally.skip else "applied"
+            self._requests.labels(bound.method, outcome if answered else "failed").inc()
             self._count(bound.method, tally)
 
     def stepped(self, report: Report) -> None:

@@ -69,6 +69,10 @@ class Tally:
         count: number of calibrated (layer, head, row) in `sums`.
         layer_sums: per statistic of the layers' plans, the sum over layers that have it.
         layer_counts: number of layers in each of `layer_sums`.
+        cached: those of `prompt_tokens` whose KV came out of the prefix cache.
+        heads: (layer, head) pairs chosen for this request; None where settings alone say which.
+        details: of the layers' plans, by name and layer.
+        skipped: why the method has nothing to do in any layer resolved so far.
     """
 
     prompt_tokens: int = 0
@@ -77,6 +81,19 @@ class Tally:
     count: int = 0
     layer_sums: dict[str, float] = field(default_factory=dict)
     layer_counts: dict[str, int] = field(default_factory=dict)
+    cached: int = 0
+    heads: int | None = None
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: str | None = None
+
+    @property
+    def skip(self) -> str | None:
+        """Why nothing was done, None where anything was.
+
+        Where nothing is to be done in the whole prompt, nothing was in what the cache has of it.
+        """
+        rewritten = self.completion_tokens or self.prompt_tokens > self.cached
+        return None if rewritten else self.skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +122,10 @@ class Report:
                 t.count,
                 {**t.layer_sums},
                 {**t.layer_counts},
+                t.cached,
+                t.heads,
+                {name: {**by_layer} for name, by_layer in t.details.items()},
+                t.skipped,
             )
             for t in self.tallies
         ]

@@ -84,7 +84,7 @@ class RequestTable:
         programs = [program for program in made if program is not None]
         for program in programs:
             skipped = positions(program.rows, 0, min(cached, prompt.length), prompt.length)
-            program.tally.prompt_tokens = len(skipped)
+            program.tally.prompt_tokens = program.tally.cached = len(skipped)
         self._requests[request_id] = CalibratedRequest(
             payload.ticket, prompt, programs, covered=cached, failed=None in made
         )
