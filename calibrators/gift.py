@@ -180,32 +180,29 @@ class GIFT:
         import torch  # the contract is importable without it, admission too
 
         visual, query = masses.plain.unbind(-1)
+        weigh = parameters["alpha"] > 0
         enhanced = visual if masses.weighted is None else masses.weighted[..., 0]
-        by_visual, by_query = _upper_half(visual), _upper_half(query)
-        seen = (visual * by_visual).sum(-1, keepdim=True)
-        gain = (enhanced * by_visual).sum(-1, keepdim=True) / torch.where(seen <= 0, 1.0, seen)
-        unweighted = (parameters["alpha"] == 0) | (seen <= 0)
-        r = parameters["beta"] * torch.where(unweighted, 1.0, gain)
-        on_query = torch.where(by_query, r, 1.0)
+        by_visual, by_query = _upper_half(visual) & weigh, _upper_half(query)
+        r = parameters["beta"] * _gain(visual, enhanced, by_visual)
         on_visual = torch.where(by_visual, enhanced, visual)
+        on_query = torch.where(by_query, r, 1.0)
         total = masses.rest + on_visual + on_query * query
-        nothing_left = total < NOTHING_LEFT
-        total = torch.where(nothing_left, 1.0, total)
-        changed = (by_visual & (parameters["alpha"] > 0)) | (by_query & (r != 1))
-        applied = changed & ~nothing_left & ~(seen <= 0)
-        zero, one = torch.zeros_like(total), torch.ones_like(total)
-        plain = torch.stack([torch.where(by_visual, zero, one), on_query], -1)
-        weighted = torch.stack([torch.where(by_visual, one, zero), zero], -1)
+        # What is not finite passes, so that the engine finds it and fails the request.
+        left_alone = (visual.amax(-1, keepdim=True) <= 0) | (total < NOTHING_LEFT)
+        # Exactly 1 on heads of neither half: they keep every bit.
+        total = torch.where(left_alone | ~(by_visual | (by_query & (r != 1))), 1.0, total)
+        plain = torch.stack([(~by_visual).to(total), on_query], -1)
+        weighted = torch.stack([by_visual.to(total), torch.zeros_like(total)], -1)
         return Coefficients(
             rest=1 / total,
             pools=plain / total[..., None],
             weighted=None if masses.weighted is None else weighted / total[..., None],
-            apply=applied,
-            eligible=torch.ones_like(applied),
+            apply=~left_alone,
+            eligible=torch.ones_like(left_alone),
             statistics={
                 "mean_r": r,
                 "visual_mass_before": visual,
-                "visual_mass_after": torch.where(applied, on_visual / total, visual),
+                "visual_mass_after": torch.where(left_alone, visual, on_visual / total),
             },
         )
 
@@ -276,6 +273,17 @@ def _upper_half(values: torch.Tensor) -> torch.Tensor:
     order = values.sort(dim=-1, descending=True, stable=True).indices
     chosen = order[:, : _half(values.shape[-1])]
     return torch.zeros_like(values, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+def _gain(visual: torch.Tensor, enhanced: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """`sum E / sum V` over the chosen heads of each row; 1 where they see no image, or are none."""
+    import torch
+
+    before = torch.where(chosen, visual, 0.0).sum(-1, keepdim=True)
+    after = torch.where(chosen, enhanced, 0.0).sum(-1, keepdim=True)
+    nothing = before <= 0
+    gain = torch.where(nothing, 1.0, after / torch.where(nothing, 1.0, before))
+    return gain.expand_as(visual)
 
 
 def _positions(spans: tuple[Span, ...]) -> IntArray:

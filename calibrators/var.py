@@ -191,7 +191,7 @@ class VAR:
         return Coefficients(
             rest=torch.ones_like(others),
             pools=torch.stack([kept, kept, 1 + gain], -1),
-            apply=~passed_over & (share > 0),
+            apply=~passed_over,
             eligible=torch.ones_like(passed_over),
             statistics={
                 "selected_share": (~passed_over).to(others),

@@ -156,10 +156,7 @@ class VHR:
         """No pools, the head scale alone."""
         import torch  # the contract is importable without it, admission too
 
-        alpha = parameters["alpha"]
-        return Coefficients(
-            rest=torch.ones_like(masses.rest), scale=alpha.expand_as(masses.rest), apply=alpha != 1
-        )
+        return Coefficients(rest=torch.ones_like(masses.rest), scale=parameters["alpha"])
 
 
 def _depth_scaled(facts: ModelFacts) -> list[int]:
