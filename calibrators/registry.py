@@ -15,7 +15,7 @@ from calibrators.interface import Calibrator
 from calibrators.settings import CalibrationSettings
 
 GROUP = "trimtab.calibrators"
-BUILT_IN = ("zerotuning", "act")
+BUILT_IN = ("zerotuning", "act", "var", "gift", "vhr")
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
 

@@ -65,30 +65,45 @@ def select(layers: Layers, heads: Heads, facts: ModelFacts) -> Selection:
         CalibrationError: on `layers` or `heads`, where the model has not got one of them or
             `heads` names a layer that `layers` leaves out.
     """
-    chosen = list(range(facts.layers)) if layers == "all" else list(layers)
-    _check_range("layers", chosen, facts.layers, "layers")
+    chosen = select_layers(layers, facts)
     if isinstance(heads, Mapping):
         return _select_by_layer(chosen, heads, facts)
     shared = list(range(facts.query_heads)) if heads == "all" else list(heads)
-    _check_range("heads", shared, facts.query_heads, "query heads")
+    check_range("heads", shared, facts.query_heads, "query heads")
     return {layer: tuple(shared) for layer in chosen}
+
+
+def select_layers(layers: Layers, facts: ModelFacts) -> list[int]:
+    """The chosen layers, ascending.
+
+    Raises:
+        CalibrationError: on `layers`, where the model has not got one of them.
+    """
+    chosen = list(range(facts.layers)) if layers == "all" else list(layers)
+    check_range("layers", chosen, facts.layers, "layers")
+    return chosen
 
 
 def _select_by_layer(
     layers: Sequence[int], heads: Mapping[int, list[int]], facts: ModelFacts
 ) -> Selection:
-    _check_range("heads", list(heads), facts.layers, "layers")
+    check_range("heads", list(heads), facts.layers, "layers")
     stray = sorted(set(heads) - set(layers))
     if stray:
         raise CalibrationError(
             "heads", f"heads names layer {stray[0]}, which layers leaves out; name it in both"
         )
     for layer, chosen in heads.items():
-        _check_range("heads", chosen, facts.query_heads, f"query heads (in layer {layer})")
+        check_range("heads", chosen, facts.query_heads, f"query heads (in layer {layer})")
     return {layer: tuple(heads[layer]) for layer in sorted(heads)}
 
 
-def _check_range(param: str, indices: Sequence[int], limit: int, noun: str) -> None:
+def check_range(param: str, indices: Sequence[int], limit: int, noun: str) -> None:
+    """Refuse indices that are not below `limit`, the number of `noun` of the model.
+
+    Raises:
+        CalibrationError: on `param`.
+    """
     for index in indices:
         if index >= limit:
             raise CalibrationError(
@@ -103,15 +118,28 @@ def normal_form(selection: Selection, facts: ModelFacts) -> dict[str, Json]:
     layers = sorted(selection)
     everywhere = set(selection.values())
     return {
-        "layers": "all" if len(layers) == facts.layers else [*layers],
+        "layers": layers_form(layers, facts),
         "heads": _shared_heads(selection[layers[0]], facts)
         if len(everywhere) == 1
         else {str(layer): [*selection[layer]] for layer in layers},
     }
 
 
+def layers_form(layers: Sequence[int], facts: ModelFacts) -> Json:
+    """Ascending layers as `normal_form` has them."""
+    return "all" if len(layers) == facts.layers else [*layers]
+
+
 def _shared_heads(heads: tuple[int, ...], facts: ModelFacts) -> Json:
     return "all" if len(heads) == facts.query_heads else [*heads]
+
+
+def selected_layers(params: Mapping[str, Json], facts: ModelFacts) -> list[int]:
+    """Layers that `layers_form` or `normal_form` holds, ascending."""
+    layers = params["layers"]
+    if not isinstance(layers, list):
+        return list(range(facts.layers))
+    return [layer for layer in layers if isinstance(layer, int)]
 
 
 def selected_heads(params: Mapping[str, Json], layer: int, facts: ModelFacts) -> list[int]:

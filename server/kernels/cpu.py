@@ -195,7 +195,8 @@ def combine(
     Args:
         output: `[tokens, query_heads, head_dim]`, the stock output, which is `R` without pools.
         rows: which rows.
-        heads: bool `[rows, query_heads]`; others keep every bit.
+        heads: bool `[rows, query_heads]`; others keep every bit, and so do those whose factors
+            are neutral, `c_g = c_rest = 1` and `d_g = 0`.
         partials: of the same rows.
         factors: float32 `[rows, query_heads, columns]`, by column `c_g`, `d_g` and `c_rest`.
     """
@@ -208,6 +209,7 @@ def combine(
         heads.numpy(),
         partials.value.numpy(),
         factors.numpy(),
+        partials.pools,
         finite.numpy(),
     )
     return finite

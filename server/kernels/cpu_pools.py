@@ -64,13 +64,23 @@ def measure(queries, seen, count, pages, table, kv, keys, numbers, found, weigh)
                     value[i, d] += p * v[d]
 
 
+@njit(inline="always")
+def _neutral(factors, pools):
+    """Whether every pool and the rest keep what they have, and weights add nothing."""
+    rest = factors.shape[0] - 1
+    for column in range(rest + 1):
+        if factors[column] != (np.float32(0) if pools <= column < rest else np.float32(1)):
+            return False
+    return True
+
+
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
-def combine_serial(task, tasks, output, token, heads, value, factors, finite):
+def combine_serial(task, tasks, output, token, heads, value, factors, pools, finite):
     """Every `tasks`-th row from `task` on; see `combine_parallel`."""
     x = np.empty(output.shape[2], np.float32)
     for r in range(task, token.shape[0], tasks):
         for h in range(output.shape[1]):
-            if not heads[r, h]:
+            if not heads[r, h] or _neutral(factors[r, h], pools):
                 continue
             row, check = output[token[r], h], np.float32(0)
             for d in range(row.shape[0]):
@@ -87,10 +97,13 @@ def combine_serial(task, tasks, output, token, heads, value, factors, finite):
 
 
 @njit(parallel=True, cache=True)
-def combine_parallel(threads, output, token, heads, value, factors, finite):
+def combine_parallel(threads, output, token, heads, value, factors, pools, finite):
     """Sum the columns of the selected heads into `output`; without any, scale what is there.
 
-    A result that is not finite is not written, and clears the row's flag in `finite`.
+    Columns from `pools` up to the last are weighted. Where the factors change nothing `output`
+    keeps every bit: the sum would be rounded otherwise. A result that is not finite is not written,
+    and clears the row's flag in `finite`.
     """
     for thread in prange(threads):
-        combine_serial(np.int64(thread), threads, output, token, heads, value, factors, finite)
+        given = token, heads, value, factors, pools, finite
+        combine_serial(np.int64(thread), threads, output, *given)

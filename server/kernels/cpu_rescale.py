@@ -152,16 +152,12 @@ def serial(
         count = load(query, stride, rows, begin, end, chosen, model, queries, seen)
         tile, pool = (rows[0], begin, end), keys[offsets[s, 0] : offsets[s, 1]]
         # Where the stock output is corrected, plain logits are what it takes.
-        bounds = offsets[s : s + 1] if computed[s] else offsets[:0]
+        biased = keys, offsets[s : s + 1] if computed[s] else offsets[:0], span
         if computed[s]:
             _set_bias(tile, chosen, heads[s], factor[s], seen[6], done)
-        biased = keys, bounds, span
         fold_pages(queries, count, pages, table, kv, biased, model[0], seen, buffers, computed[s])
-        i = 0
-        for _ in range(begin, end):
-            for h in chosen:
-                found[0][i] = log_sum_exp(seen, i, model[2], h)
-                i += 1
+        for i in range(count):
+            found[0][i] = log_sum_exp(seen, i, model[2], chosen[i % chosen.shape[0]])
         measure(queries, seen, count, pages, table, kv, pool, model[0], found, not computed[s])
         if computed[s]:
             _compute(tile, chosen, found, seen, model[2], heads[s], factor[s], output, done)

@@ -140,6 +140,10 @@ def test_the_rest_keeps_its_digits_where_pools_have_nearly_everything(dtype):
     assert ((measured - mean).abs() <= budget)[some].all()
 
 
+# Where value sums are in `results`.
+VALUES = 2
+
+
 def results(case: Problem) -> list[torch.Tensor]:
     """What every kernel makes of a problem."""
     heads = torch.ones(len(case.keys), 6, dtype=torch.bool)
@@ -175,9 +179,10 @@ def test_without_instructions_for_pairs_of_bfloat16(monkeypatch):
     case = problem([200, 7, 97], [200, 1, 30], dtype=torch.bfloat16, block=128)
     native = results(case)
     monkeypatch.setattr(cpu, "PAIRS", False)
-    for portable, expected in zip(results(case), native, strict=True):
+    for i, (portable, expected) in enumerate(zip(results(case), native, strict=True)):
         # Outputs are rounded to bfloat16, and so are the probabilities where it is multiplied.
-        close = 2**-8 if portable.dtype == torch.bfloat16 else 1e-5
+        rounded = portable.dtype == torch.bfloat16 or i == VALUES
+        close = 2**-8 if rounded else 1e-5
         torch.testing.assert_close(portable, expected, atol=close, rtol=close)
 
 

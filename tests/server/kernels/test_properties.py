@@ -161,37 +161,45 @@ def test_a_pool_of_all_keys_is_the_whole_attention(case):
 def test_rescaling_is_partials_and_combine_in_one(drawn, data):
     """With ZeroTuning's own coefficients, which declare that they have this closed form."""
     case, pools = drawn
-    count, query_heads, head_dim = case.query.shape
+    count, query_heads, _ = case.query.shape
     factors = st.sampled_from([0.01, 0.5, 1.0, 3.0, 100.0])
     factor = torch.tensor([[data.draw(factors) for _ in range(query_heads)] for _ in pools])
     heads = torch.tensor([[data.draw(st.booleans()) for _ in range(query_heads)] for _ in pools])
     slot, only = case.rows.slot.long(), pool_map([slot[:1] for slot in pools])
-    stock = torch.randn(count, query_heads, head_dim).to(case.query.dtype)
+    whole = (reference.attend(case.dense(r)[0], v.double()) for r, v in enumerate(case.values))
+    stock = torch.cat([*whole]).to(case.query.dtype)
     measured = attention(case, heads)
-
-    partials = measured.pool_partials(only)
-    masses = Masses(partials.mass[..., :1], partials.mass[..., 1])
-    asked = ZeroTuning().coefficients(masses, {"gamma": factor[slot]})
-    touched = heads[slot] & asked.apply
-    # Here the rest is what is left of a stock output that is none.
-    value = partials.value.clone()
-    value[:, :, 1] = stock.float() - value[:, :, 0]
-    factors = torch.cat([asked.pools, asked.rest[..., None]], -1)
-    expected = stock.clone()
-    cpu.combine(expected, case.rows, touched, replace(partials, value=value), factors)
 
     changes = Changes.none(count, query_heads)
     output = stock.clone()
     corrected = torch.zeros(len(pools), dtype=torch.bool)
     measured.rescale(output, only, factor, corrected, changes)
 
-    assert torch.equal(output[~touched], stock[~touched])
-    torch.testing.assert_close(output, expected)
+    partials = measured.pool_partials(only)
+    touched = heads[slot] & (partials.mass[..., 0] > 0)
     assert torch.equal(changes.count, touched.int())
     assert changes.finite.all()
-    for found, name in ((changes.before, "before"), (changes.after, "after")):
-        statistic = asked.statistics[f"key0_mass_{name}"] * touched
-        torch.testing.assert_close(found, statistic, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(changes.before, partials.mass[..., 0] * touched, atol=4e-6, rtol=0)
+
+    # Where the pool has nearly all of a row, two ways to measure it lead far apart: what is done
+    # with a mass is compared on the same.
+    masses = Masses(changes.before[..., None], partials.mass[..., 1])
+    asked = ZeroTuning().coefficients(masses, {"gamma": factor[slot]})
+    after = asked.statistics["key0_mass_after"] * touched
+    torch.testing.assert_close(changes.after, after, atol=1e-6, rtol=1e-4)
+
+    # Here the rest is what is left of the stock output, as in the kernel.
+    value = partials.value.clone()
+    value[:, :, 1] = stock.float() - value[:, :, 0]
+    factors = torch.cat([asked.pools, asked.rest[..., None]], -1)
+    expected = stock.clone()
+    cpu.combine(expected, case.rows, touched, replace(partials, value=value), factors)
+    terms = factors.abs().sum(-1) * 2 * max(v.abs().max() for v in case.values)
+    off = (changes.before - partials.mass[..., 0]).abs() + 32 * EPS
+    band = (off * (1 + (factor[slot] - 1).abs() * asked.rest) * terms)[..., None]
+    band = band + torch.finfo(stock.dtype).eps * expected.float().abs()
+    assert torch.equal(output[~touched], stock[~touched])
+    assert ((output.float() - expected.float()).abs() <= band).all()
 
 
 def rescaled(
