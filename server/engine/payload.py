@@ -26,12 +26,16 @@ class Payload:
         calibrations: bound and in the order they are applied.
         prefill: how the prompt may be cut into steps.
         shareable: cached KV of other requests may be used.
+        text_layers: layers in which the prompt has to be seen without its images first.
+        text_outputs: what was seen then, by layer; made and read by `text_pass`.
     """
 
     ticket: str
     calibrations: tuple[Bound, ...]
     prefill: Prefill = Prefill.ANY
     shareable: bool = True
+    text_layers: tuple[int, ...] = ()
+    text_outputs: Mapping[str, str] = field(default_factory=dict)
 
     def to_extra_args(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -40,6 +44,8 @@ class Payload:
             "calibrations": [asdict(bound) for bound in self.calibrations],
             "prefill": self.prefill.value,
             "shareable": self.shareable,
+            "text_layers": [*self.text_layers],
+            "text_outputs": {**self.text_outputs},
         }
 
     @classmethod
@@ -53,6 +59,8 @@ class Payload:
             tuple(Bound(**bound) for bound in entry["calibrations"]),
             Prefill(entry["prefill"]),
             entry["shareable"],
+            tuple(entry["text_layers"]),
+            entry["text_outputs"],
         )
 
 
