@@ -69,6 +69,7 @@ REASONS = (
     "unsupported_model",
     "combination",
     "unsupported_feature",
+    "no_image",
 )
 
 
@@ -92,6 +93,8 @@ class Admitted:
         touches_prompt_kv: cached KV is shared only between equal digests.
         shareable: cached KV may be shared at all.
         prefill: the strictest of its calibrations' rules.
+        paths: where in the request each of `bounds` was asked for.
+        vision: any of them needs an image.
     """
 
     bounds: tuple[Bound, ...]
@@ -99,6 +102,8 @@ class Admitted:
     touches_prompt_kv: bool
     shareable: bool
     prefill: PrefillRule = PrefillRule()
+    paths: tuple[str, ...] = ()
+    vision: bool = False
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -184,7 +189,9 @@ class Admission:
             PrefillRule(calibrator.prefill(bound), path, calibrator.name, calibrator.title)
             for (calibrator, bound), (_, path) in zip(pairs, entries, strict=True)
         )
-        pairs.sort(key=lambda pair: not pair[0].reweights)
+        paths = [path for _, path in entries]
+        placed = sorted(zip(pairs, paths, strict=True), key=lambda each: not each[0][0].reweights)
+        pairs = [pair for pair, _ in placed]
         canonical = canonical_json([(b, c.revision) for c, b in pairs], self._model)
         causal = all(calibrator.causal for calibrator, _ in pairs)
         return Admitted(
@@ -194,6 +201,8 @@ class Admission:
             # Where the cut depends on the prompt's end, so does what the rows before it hold.
             causal and rule.policy is Prefill.ANY,
             rule,
+            tuple(path for _, path in placed),
+            any(calibrator.modality == "vision" for calibrator, _ in pairs),
         )
 
     def check_prompt(self, admitted: Admitted, length: int) -> None:

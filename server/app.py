@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 from calibrators import registry
 from server import errors
 from server.admission import Admission, Refusal
-from server.engine import startup
+from server.engine import startup, wording
 from server.engine.facts import calibrators_of, model_facts, model_identity, step_limit
 from server.engine.prompts import inspect
 from server.engine.reports import listen, on_shutdown
@@ -67,6 +67,7 @@ class TrimtabEndpoint:
         await startup.verify_workers(engine_client)
         front_end = build_front_end(engine_client, Settings.from_args(args))
         state.trimtab = front_end
+        wording.look_for(engine_client)
         inspect(engine_client, front_end.check_prompt)
         listen(engine_client, front_end.report)
         on_shutdown(engine_client, lambda: setattr(front_end, "draining", True))

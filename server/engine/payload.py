@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from calibrators.interface import Bound, Prefill
+from calibrators.interface import Bound, Prefill, Prompt, Span
 
 KEY = "trimtab"
 
@@ -26,12 +26,14 @@ class Payload:
         calibrations: bound and in the order they are applied.
         prefill: how the prompt may be cut into steps.
         shareable: cached KV of other requests may be used.
+        prompt: where its images and words are; None where nobody needs to know.
     """
 
     ticket: str
     calibrations: tuple[Bound, ...]
     prefill: Prefill = Prefill.ANY
     shareable: bool = True
+    prompt: Prompt | None = None
 
     def to_extra_args(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -40,6 +42,7 @@ class Payload:
             "calibrations": [asdict(bound) for bound in self.calibrations],
             "prefill": self.prefill.value,
             "shareable": self.shareable,
+            "prompt": None if self.prompt is None else _listed(self.prompt),
         }
 
     @classmethod
@@ -53,7 +56,17 @@ class Payload:
             tuple(Bound(**bound) for bound in entry["calibrations"]),
             Prefill(entry["prefill"]),
             entry["shareable"],
+            None if entry["prompt"] is None else _prompt(*entry["prompt"]),
         )
+
+
+def _listed(prompt: Prompt) -> list[Any]:
+    groups = (prompt.images, prompt.query, prompt.content)
+    return [prompt.length, *([[span.start, span.stop] for span in group] for group in groups)]
+
+
+def _prompt(length: int, *groups: Sequence[Sequence[int]]) -> Prompt:
+    return Prompt(length, *(tuple(Span(*span) for span in group) for group in groups))
 
 
 @dataclass(slots=True)
