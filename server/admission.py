@@ -22,13 +22,13 @@ from calibrators.interface import (
     Bound,
     CalibrationError,
     Calibrator,
-    HeadOutputs,
     ModelFacts,
     Prefill,
     Prompt,
     ResidualPeaks,
 )
 from server.engine.facts import StepLimit
+from server.engine.text_pass import text_layers
 
 FIELD = "calibration"
 OFF = "none"
@@ -93,6 +93,7 @@ class Admitted:
         touches_prompt_kv: cached KV is shared only between equal digests.
         shareable: cached KV may be shared at all.
         prefill: the strictest of its calibrations' rules.
+        text_layers: layers in which the prompt has to be seen without its images first.
         paths: where in the request each of `bounds` was asked for.
         vision: any of them needs an image.
     """
@@ -102,6 +103,7 @@ class Admitted:
     touches_prompt_kv: bool
     shareable: bool
     prefill: PrefillRule = PrefillRule()
+    text_layers: tuple[int, ...] = ()
     paths: tuple[str, ...] = ()
     vision: bool = False
 
@@ -201,6 +203,7 @@ class Admission:
             # Where the cut depends on the prompt's end, so does what the rows before it hold.
             causal and rule.policy is Prefill.ANY,
             rule,
+            text_layers(pairs),
             tuple(path for _, path in placed),
             any(calibrator.modality == "vision" for calibrator, _ in pairs),
         )
@@ -283,9 +286,7 @@ class Admission:
             return None
         prefill = calibrator.prefill(bound)
         peaks = any(isinstance(observation, ResidualPeaks) for observation in observations)
-        if any(isinstance(each, HeadOutputs) and each.without_images for each in observations):
-            reason = "needs observations that this version of the engine does not provide"
-        elif not all(prefill in observation.prefills for observation in observations):
+        if not all(prefill in observation.prefills for observation in observations):
             reason = "observes what is not known in time with the prompt cut as it asks"
         elif peaks and not calibrator.touches_prompt_kv:
             reason = "observes the residual stream of prompts whose cached KV it shares with others"

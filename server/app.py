@@ -23,6 +23,7 @@ from server import errors
 from server.admission import Admission, Refusal
 from server.engine import startup, wording
 from server.engine.facts import calibrators_of, model_facts, model_identity, step_limit
+from server.engine.preludes import precede
 from server.engine.prompts import inspect
 from server.engine.reports import listen, on_shutdown
 from server.front_end import FrontEnd
@@ -67,10 +68,11 @@ class TrimtabEndpoint:
         await startup.verify_workers(engine_client)
         front_end = build_front_end(engine_client, Settings.from_args(args))
         state.trimtab = front_end
+        precede(engine_client, front_end.preludes)
         wording.look_for(engine_client)
         inspect(engine_client, front_end.check_prompt)
         listen(engine_client, front_end.report)
-        on_shutdown(engine_client, lambda: setattr(front_end, "draining", True))
+        on_shutdown(engine_client, front_end.drain)
         handle_errors(self._app)
 
 

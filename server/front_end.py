@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from server.admission import Admission, Admitted
 from server.engine.geometry import Geometry
 from server.engine.payload import Report
+from server.engine.preludes import Preludes
 from server.metrics import Metrics
 from server.receipts import Receipt, ReceiptDesk
 from server.vision import check_images
@@ -26,6 +27,7 @@ class FrontEnd:
         metrics: of this process.
         salt_key: secret of cache salts, the same in all API servers of an engine.
         desk: open receipts.
+        preludes: text passes that run, and requests that wait for theirs.
         draining: set when shutdown has begun.
     """
 
@@ -33,6 +35,7 @@ class FrontEnd:
     metrics: Metrics
     salt_key: bytes
     desk: ReceiptDesk = field(default_factory=ReceiptDesk)
+    preludes: Preludes = field(default_factory=Preludes)
     draining: bool = False
 
     def open(self, admitted: Admitted, choices: int) -> Receipt:
@@ -64,7 +67,8 @@ class FrontEnd:
 
     def report(self, report: Report, choice: int) -> None:
         """A report came from the engine, `choice` counted within its prompt."""
-        self.desk.record(report, choice)
+        if not self.preludes.take(report):
+            self.desk.record(report, choice)
         self.metrics.stepped(report)
 
     def cache_salt(
@@ -74,3 +78,8 @@ class FrontEnd:
         key = raw_request.headers.get("Authorization", "")
         tenant = hashlib.sha256(key.encode()).hexdigest() if key else ""
         return admitted.cache_salt(self.salt_key, tenant, user_salt)
+
+    def drain(self, seconds: float) -> None:
+        """Shutdown has begun: nothing new is let in, and what is has to reach the engine."""
+        self.draining = True
+        self.preludes.wait(seconds)

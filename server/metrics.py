@@ -54,7 +54,7 @@ class Metrics:
         device: str,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
-        names = tuple(calibrators)
+        names = self._names = tuple(calibrators)
         self._requests = Counter(
             "trimtab_requests",
             "Requests that asked for a calibration, by calibrator and outcome.",
@@ -127,9 +127,10 @@ class Metrics:
             self._count(bound.method, tally)
 
     def stepped(self, report: Report) -> None:
-        """A step was calibrated."""
+        """A step was calibrated; a text pass in it is part of no calibrator's time."""
         for method, seconds in (report.seconds or {}).items():
-            self._seconds.labels(method).observe(seconds)
+            if method in self._names:
+                self._seconds.labels(method).observe(seconds)
 
     def _count(self, method: str, tally: Tally) -> None:
         self._tokens.labels(method, "prompt").inc(tally.prompt_tokens)

@@ -53,7 +53,13 @@ class Receipt:
         ticket = f"{self._id}-{len(self._tickets)}"
         self._tickets.append(ticket)
         admitted = self.admitted
-        payload = Payload(ticket, admitted.bounds, admitted.prefill.policy, admitted.shareable)
+        payload = Payload(
+            ticket,
+            admitted.bounds,
+            admitted.prefill.policy,
+            admitted.shareable,
+            admitted.text_layers,
+        )
         return {KEY: payload.to_extra_args()}
 
     def record(self, report: Report, choice: int) -> None:

@@ -26,6 +26,8 @@ class Payload:
         calibrations: bound and in the order they are applied.
         prefill: how the prompt may be cut into steps.
         shareable: cached KV of other requests may be used.
+        text_layers: layers in which the prompt has to be seen without its images first.
+        text_outputs: what was seen then, by layer; made and read by `text_pass`.
         prompt: where its images and words are; None where nobody needs to know.
     """
 
@@ -33,6 +35,8 @@ class Payload:
     calibrations: tuple[Bound, ...]
     prefill: Prefill = Prefill.ANY
     shareable: bool = True
+    text_layers: tuple[int, ...] = ()
+    text_outputs: Mapping[str, str] = field(default_factory=dict)
     prompt: Prompt | None = None
 
     def to_extra_args(self) -> dict[str, Any]:
@@ -42,6 +46,8 @@ class Payload:
             "calibrations": [asdict(bound) for bound in self.calibrations],
             "prefill": self.prefill.value,
             "shareable": self.shareable,
+            "text_layers": [*self.text_layers],
+            "text_outputs": {**self.text_outputs},
             "prompt": None if self.prompt is None else _listed(self.prompt),
         }
 
@@ -56,6 +62,8 @@ class Payload:
             tuple(Bound(**bound) for bound in entry["calibrations"]),
             Prefill(entry["prefill"]),
             entry["shareable"],
+            tuple(entry["text_layers"]),
+            entry["text_outputs"],
             None if entry["prompt"] is None else _prompt(*entry["prompt"]),
         )
 

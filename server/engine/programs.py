@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,6 +68,7 @@ class Program:
         facts: ModelFacts,
         shard: HeadShard,
         peaks: PeakTable,
+        text_outputs: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.calibrator = calibrator
         self.prompt = prompt
@@ -76,7 +78,8 @@ class Program:
         shape = facts.layers, shard.stop - shard.start
         self.prefill = calibrator.prefill(bound)
         self.rows = calibrator.rows(bound, prompt)
-        self.taps = make_taps(calibrator, bound, prompt, self.rows, facts, self.own, peaks)
+        asked = calibrator, bound, prompt, self.rows
+        self.taps = make_taps(*asked, facts, self.own, peaks, text_outputs)
         self.observed = frozenset(tap.layer for tap in self.taps)
         if not all(tap.local for tap in self.taps):
             self.observed = frozenset(range(facts.layers))

@@ -14,6 +14,7 @@ from server.engine.guard import attempt
 from server.engine.payload import Payload
 from server.engine.programs import HeadShard, Program
 from server.engine.taps.peaks import PeakTable
+from server.engine.text_pass import NAME, TextPass
 
 if TYPE_CHECKING:
     from calibrators.interface import IntArray
@@ -49,7 +50,7 @@ class RequestTable:
     def __init__(
         self, calibrators: Mapping[str, Calibrator], facts: ModelFacts, shard: HeadShard
     ) -> None:
-        self._calibrators = calibrators
+        self._calibrators = {**calibrators, NAME: TextPass()}
         self._facts = facts
         self._shard = shard
         self._peaks = PeakTable()
@@ -79,7 +80,7 @@ class RequestTable:
             return
         length, prompt = prompt.length, payload.prompt or prompt
         made = [
-            attempt(bound.method, partial(self._program, bound, prompt))
+            attempt(bound.method, partial(self._program, bound, prompt, payload.text_outputs))
             for bound in payload.calibrations
         ]
         programs = [program for program in made if program is not None]
@@ -100,9 +101,10 @@ class RequestTable:
         for request_id in request_ids:
             self._requests.pop(request_id, None)
 
-    def _program(self, bound: Bound, prompt: Prompt) -> Program:
+    def _program(self, bound: Bound, prompt: Prompt, text_outputs: Mapping[str, str]) -> Program:
         calibrator = self._calibrators[bound.method]
-        return Program(calibrator, bound, prompt, self._facts, self._shard, self._peaks)
+        model = self._facts, self._shard
+        return Program(calibrator, bound, prompt, *model, self._peaks, text_outputs)
 
 
 def positions(rows: Rows, start: int, stop: int, prompt_length: int) -> IntArray:

@@ -34,7 +34,7 @@ def test_a_prompt_with_image_and_question_has_all(offer, names):
 
 @pytest.mark.parametrize("question", [True, False])
 def test_without_an_image_a_vision_method_is_refused(offer, question):
-    with pytest.raises(Refusal, match="Sees needs an image.*image_url") as caught:
+    with pytest.raises(Refusal, match=r"Sees needs an image.*image_url") as caught:
         check_images(offer, admitted("text", "sees"), Geometry(Prompt(9), question))
     refusal = caught.value
     assert (refusal.reason, refusal.param, refusal.method) == ("no_image", "calibration[1]", "sees")

@@ -19,7 +19,10 @@ LLAVA = (
 STRIPPING = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}[/]{% endfor %}A:"
 TWICE = "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"
 SHOUTING = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
-PICKY = "{% for m in messages %}{{ 'Q' if m.content.startswith('What') else 'S' }}{{ m.content }}{% endfor %}"
+PICKY = (
+    "{% for m in messages %}{{ 'Q' if m.content.startswith('What') else 'S' }}"
+    "{{ m.content }}{% endfor %}"
+)
 IMAGE = {"type": "image"}
 
 
