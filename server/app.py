@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 from calibrators import registry
 from server import errors
 from server.admission import Admission, Refusal
-from server.engine import startup, wording
+from server.engine import media, startup, wording
 from server.engine.facts import calibrators_of, model_facts, model_identity, step_limit
 from server.engine.preludes import precede
 from server.engine.prompts import inspect
@@ -50,6 +50,7 @@ class TrimtabEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Lay our routes over vLLM's."""
         self._app = app
+        media.register()
         for module in (generate, calibrators, health):
             app.include_router(module.router)
         app.add_middleware(PlainRoutesMiddleware, calibrated=generate.PATHS)
