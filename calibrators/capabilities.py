@@ -27,3 +27,12 @@ def chooses_heads(calibrator: Calibrator) -> bool:
     chooses from, and the receipt's `heads` the number that its plans select in all layers.
     """
     return bool(getattr(calibrator, "chooses_heads", False))
+
+
+def reads_query(calibrator: Calibrator) -> bool:
+    """Whether a method looks at the text of the last user message, `Prompt.query` and its words.
+
+    Declared by `reads_query: ClassVar[bool] = True`. Where that text cannot be found in a prompt,
+    a request for such a method is refused.
+    """
+    return bool(getattr(calibrator, "reads_query", False))

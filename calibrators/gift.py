@@ -103,6 +103,7 @@ class GIFT:
     touches_prompt_kv: ClassVar[bool] = True
     reweights: ClassVar[bool] = True
     across_heads: ClassVar[bool] = True
+    reads_query: ClassVar[bool] = True
     revision: ClassVar[int] = 1
     pools: ClassVar[tuple[str, ...]] = ("visual", "query")
     parameters: ClassVar[tuple[str, ...]] = ("alpha", "beta")

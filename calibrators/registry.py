@@ -49,7 +49,7 @@ class Registry(Mapping[str, Calibrator]):
                 f"the name {calibrator.name!r} of {origin} is taken by "
                 f"{other.__module__}.{other.__qualname__}"
             )
-        for declared in ("across_heads", "chooses_heads"):
+        for declared in ("across_heads", "chooses_heads", "reads_query"):
             if not isinstance(getattr(calibrator, declared, False), bool):
                 raise RegistryError(f"{origin}.{declared} must be True or False, or left out")
         _check_settings(calibrator, origin)

@@ -69,6 +69,7 @@ REASONS = (
     "unsupported_model",
     "combination",
     "unsupported_feature",
+    "no_image",
 )
 
 
@@ -93,6 +94,8 @@ class Admitted:
         shareable: cached KV may be shared at all.
         prefill: the strictest of its calibrations' rules.
         text_layers: layers in which the prompt has to be seen without its images first.
+        paths: where in the request each of `bounds` was asked for.
+        vision: any of them needs an image.
     """
 
     bounds: tuple[Bound, ...]
@@ -101,6 +104,8 @@ class Admitted:
     shareable: bool
     prefill: PrefillRule = PrefillRule()
     text_layers: tuple[int, ...] = ()
+    paths: tuple[str, ...] = ()
+    vision: bool = False
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -186,7 +191,9 @@ class Admission:
             PrefillRule(calibrator.prefill(bound), path, calibrator.name, calibrator.title)
             for (calibrator, bound), (_, path) in zip(pairs, entries, strict=True)
         )
-        pairs.sort(key=lambda pair: not pair[0].reweights)
+        paths = [path for _, path in entries]
+        placed = sorted(zip(pairs, paths, strict=True), key=lambda each: not each[0][0].reweights)
+        pairs = [pair for pair, _ in placed]
         canonical = canonical_json([(b, c.revision) for c, b in pairs], self._model)
         causal = all(calibrator.causal for calibrator, _ in pairs)
         return Admitted(
@@ -197,6 +204,8 @@ class Admission:
             causal and rule.policy is Prefill.ANY,
             rule,
             text_layers(pairs),
+            tuple(path for _, path in placed),
+            any(calibrator.modality == "vision" for calibrator, _ in pairs),
         )
 
     def check_prompt(self, admitted: Admitted, length: int) -> None:

@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 from calibrators import registry
 from server import errors
 from server.admission import Admission, Refusal
-from server.engine import startup
+from server.engine import media, startup, wording
 from server.engine.facts import calibrators_of, model_facts, model_identity, step_limit
 from server.engine.preludes import precede
 from server.engine.prompts import inspect
@@ -50,6 +50,7 @@ class TrimtabEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Lay our routes over vLLM's."""
         self._app = app
+        media.register()
         for module in (generate, calibrators, health):
             app.include_router(module.router)
         app.add_middleware(PlainRoutesMiddleware, calibrated=generate.PATHS)
@@ -69,6 +70,7 @@ class TrimtabEndpoint:
         front_end = build_front_end(engine_client, Settings.from_args(args))
         state.trimtab = front_end
         precede(engine_client, front_end.preludes)
+        wording.look_for(engine_client)
         inspect(engine_client, front_end.check_prompt)
         listen(engine_client, front_end.report)
         on_shutdown(engine_client, front_end.drain)

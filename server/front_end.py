@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from server.admission import Admission, Admitted
+from server.engine.geometry import Geometry
 from server.engine.payload import Report
 from server.engine.preludes import Preludes
 from server.metrics import Metrics
 from server.receipts import Receipt, ReceiptDesk
+from server.vision import check_images
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -52,15 +54,16 @@ class FrontEnd:
         self.desk.close(receipt)
         self.metrics.withdrawn(receipt)
 
-    def check_prompt(self, ticket: str, length: int) -> None:
+    def check_prompt(self, ticket: str, geometry: Geometry) -> None:
         """See a prompt, tokenised, before the engine does.
 
         Raises:
-            Refusal: the calibration it asks for cannot take a prompt of this length.
+            Refusal: the calibration it asks for cannot take such a prompt.
         """
         receipt = self.desk.get(ticket)
         if receipt is not None:
-            self.admission.check_prompt(receipt.admitted, length)
+            check_images(self.admission.calibrators, receipt.admitted, geometry)
+            self.admission.check_prompt(receipt.admitted, geometry.prompt.length)
 
     def report(self, report: Report, choice: int) -> None:
         """A report came from the engine, `choice` counted within its prompt."""

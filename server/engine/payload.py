@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from calibrators.interface import Bound, Prefill
+from calibrators.interface import Bound, Prefill, Prompt, Span
 
 KEY = "trimtab"
 
@@ -28,6 +28,7 @@ class Payload:
         shareable: cached KV of other requests may be used.
         text_layers: layers in which the prompt has to be seen without its images first.
         text_outputs: what was seen then, by layer; made and read by `text_pass`.
+        prompt: where its images and words are; None where nobody needs to know.
     """
 
     ticket: str
@@ -36,6 +37,7 @@ class Payload:
     shareable: bool = True
     text_layers: tuple[int, ...] = ()
     text_outputs: Mapping[str, str] = field(default_factory=dict)
+    prompt: Prompt | None = None
 
     def to_extra_args(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -46,6 +48,7 @@ class Payload:
             "shareable": self.shareable,
             "text_layers": [*self.text_layers],
             "text_outputs": {**self.text_outputs},
+            "prompt": None if self.prompt is None else _listed(self.prompt),
         }
 
     @classmethod
@@ -61,7 +64,17 @@ class Payload:
             entry["shareable"],
             tuple(entry["text_layers"]),
             entry["text_outputs"],
+            None if entry["prompt"] is None else _prompt(*entry["prompt"]),
         )
+
+
+def _listed(prompt: Prompt) -> list[Any]:
+    groups = (prompt.images, prompt.query, prompt.content)
+    return [prompt.length, *([[span.start, span.stop] for span in group] for group in groups)]
+
+
+def _prompt(length: int, *groups: Sequence[Sequence[int]]) -> Prompt:
+    return Prompt(length, *(tuple(Span(*span) for span in group) for group in groups))
 
 
 @dataclass(slots=True)

@@ -71,13 +71,14 @@ class RequestTable:
         Args:
             request_id: the engine's id.
             extra_args: of its sampling parameters.
-            prompt: geometry of the prompt.
+            prompt: geometry of the prompt, as far as the engine knows it.
             cached: prompt tokens whose KV came out of the prefix cache.
         """
         payload = Payload.from_extra_args(extra_args)
         if payload is None:
             self._requests.pop(request_id, None)
             return
+        length, prompt = prompt.length, payload.prompt or prompt
         made = [
             attempt(bound.method, partial(self._program, bound, prompt, payload.text_outputs))
             for bound in payload.calibrations
@@ -87,7 +88,12 @@ class RequestTable:
             skipped = positions(program.rows, 0, min(cached, prompt.length), prompt.length)
             program.tally.prompt_tokens = program.tally.cached = len(skipped)
         self._requests[request_id] = CalibratedRequest(
-            payload.ticket, prompt, programs, covered=cached, failed=None in made
+            payload.ticket,
+            prompt,
+            programs,
+            covered=cached,
+            # Of another prompt than the one that came, its images would be elsewhere.
+            failed=None in made or prompt.length != length,
         )
 
     def drop(self, request_ids: Iterable[str]) -> None:
