@@ -31,8 +31,9 @@ lint: env
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# One process has the tests that need an engine, the other has the rest.
 test: lint
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 soak: env
 	SOAK_REQUESTS=10000 $(BIN)/pytest tests/integration/state/test_growth.py --log-cli-level=INFO $(ARGS)

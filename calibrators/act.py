@@ -101,6 +101,7 @@ class ACT:
     pools: ClassVar[tuple[str, ...]] = ("sinks",)
     parameters: ClassVar[tuple[str, ...]] = ("beta",)
     rescales: ClassVar[str | None] = None
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("alpha", "threshold"),)
     Settings: ClassVar[type[CalibrationSettings]] = ACTSettings
 
     def bind(self, settings: CalibrationSettings, facts: ModelFacts) -> Bound:

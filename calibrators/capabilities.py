@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from calibrators.interface import Calibrator
+    from calibrators.settings import CalibrationSettings
 
 
 def across_heads(calibrator: Calibrator) -> bool:
@@ -36,3 +38,35 @@ def reads_query(calibrator: Calibrator) -> bool:
     a request for such a method is refused.
     """
     return bool(getattr(calibrator, "reads_query", False))
+
+
+def alternatives(calibrator: Calibrator) -> Sequence[Sequence[str]]:
+    """Groups of parameters of which a request gives one at most.
+
+    Declared by `alternatives: ClassVar[tuple[tuple[str, ...], ...]]`. A request that names one of a
+    group leaves out what its profile has for the others.
+    """
+    groups: Sequence[Sequence[str]] = getattr(calibrator, "alternatives", ())
+    return groups
+
+
+def strengths(calibrator: Calibrator) -> str | None:
+    """The parameter that a profile may give by layer and query head; None where there is none.
+
+    Declared by `strengths: ClassVar[str]`, together with `ProfileSettings`.
+    """
+    name: str | None = getattr(calibrator, "strengths", None)
+    return name
+
+
+def profile_settings(calibrator: Calibrator) -> type[CalibrationSettings]:
+    """The settings that a request and its profile make together.
+
+    Declared by `ProfileSettings: ClassVar[type[CalibrationSettings]]`, a subclass of `Settings`
+    with one field more, `strengths`: `{layer: {head: value}}` or None. `bind` of such a method gets
+    one or the other.
+    """
+    settings: type[CalibrationSettings] = getattr(
+        calibrator, "ProfileSettings", calibrator.Settings
+    )
+    return settings

@@ -82,6 +82,8 @@ class ModelFacts:
         hidden_size: width of the residual stream.
         max_model_len: context limit in tokens, prompt and answer together.
         modality: `"vision"` where the model takes images.
+        config_hash: 64 hex digits over what defines the architecture, not the weights; empty where
+            it is not known.
     """
 
     architecture: str
@@ -92,6 +94,7 @@ class ModelFacts:
     hidden_size: int
     max_model_len: int
     modality: Modality = "text"
+    config_hash: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -12,7 +12,12 @@ from calibrators.interface import CalibrationError, Json, ModelFacts
 
 # Longer than any model is deep or wide; a bound on what one request can make us check.
 MAX_INDICES = 1024
+MAX_NAME = 128
 DECIMAL = re.compile(r"0|[1-9][0-9]{0,5}")
+
+
+Name: TypeAlias = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9._-]*$", max_length=MAX_NAME)]
+"""Name of a profile or a preset."""
 
 
 class CalibrationSettings(BaseModel):
@@ -24,6 +29,9 @@ class CalibrationSettings(BaseModel):
 
     method: str
     """Name of the calibrator."""
+    # Left out of what is dumped: a profile supplies parameters and is none.
+    profile: Name | None = Field(default=None, exclude=True)
+    """Name of a profile that supplies the parameters left out here."""
 
 
 def _distinct(indices: list[int]) -> list[int]:
@@ -98,11 +106,11 @@ def _select_by_layer(
     return {layer: tuple(heads[layer]) for layer in sorted(heads)}
 
 
-def check_range(param: str, indices: Sequence[int], limit: int, noun: str) -> None:
+def check_range(param: str, indices: Iterable[int], limit: int, noun: str) -> None:
     """Refuse indices that are not below `limit`, the number of `noun` of the model.
 
     Raises:
-        CalibrationError: on `param`.
+        CalibrationError: on `param`, for the first of them.
     """
     for index in indices:
         if index >= limit:

@@ -9,13 +9,14 @@ For every row `i` of the selected layers and query heads, with `D_i = 1 + (gamma
 
 which equals a logit bias of `log gamma` on key 0. `gamma > 1` flattens the other weights,
 `gamma < 1` sharpens them, `gamma = 1` changes nothing. Row 0 sees only key 0 and stays as it
-is; so does a row from whose sliding window key 0 has dropped out.
+is; so does a row from whose sliding window key 0 has dropped out. A profile may give one gamma
+per layer and query head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias, cast
 
 import numpy as np
 from pydantic import Field
@@ -24,6 +25,7 @@ from calibrators.interface import (
     Bound,
     CalibrationError,
     Coefficients,
+    Json,
     LayerPlan,
     Masses,
     Modality,
@@ -36,9 +38,13 @@ from calibrators.interface import (
     Rows,
 )
 from calibrators.settings import (
+    MAX_INDICES,
     CalibrationSettings,
     Heads,
+    LayerKey,
     Layers,
+    Selection,
+    check_range,
     normal_form,
     select,
     selected_heads,
@@ -47,9 +53,18 @@ from calibrators.settings import (
 if TYPE_CHECKING:
     import torch
 
+    from calibrators.interface import FloatArray
 
 # Where less mass than this is left for the other keys, the row stays as it is.
 NOTHING_LEFT = 1e-6
+
+Gamma: TypeAlias = Annotated[float, Field(gt=0, le=100)]
+GammaByHead: TypeAlias = Annotated[
+    dict[LayerKey, Gamma], Field(min_length=1, max_length=MAX_INDICES)
+]
+Strengths: TypeAlias = Annotated[
+    dict[LayerKey, GammaByHead], Field(min_length=1, max_length=MAX_INDICES)
+]
 
 
 class ZeroTuningSettings(CalibrationSettings):
@@ -57,13 +72,21 @@ class ZeroTuningSettings(CalibrationSettings):
 
     method: Literal["zerotuning"] = "zerotuning"
     """Name of the calibrator."""
-    gamma: Annotated[float, Field(gt=0, le=100)] | None = None
+    gamma: Gamma | None = None
     """Factor on the attention to the first token, 0 < gamma <= 100; 1 changes nothing.
-    Required: the best value depends on model and task."""
+    Required unless a profile gives it: the best value depends on model and task."""
     layers: Layers = "all"
     """Decoder layers: "all" or a list of distinct 0-based layers."""
     heads: Heads = "all"
     """Query heads: "all", a list used in every selected layer, or {layer: [heads]}."""
+
+
+class ZeroTuningProfileSettings(ZeroTuningSettings):
+    """A request of ZeroTuning with what its profile adds."""
+
+    strengths: Strengths | None = None
+    """One gamma per {layer: {head: gamma}}. `layers` and `heads` restrict them; `gamma` takes
+    their place, and leaves their choice of layers and heads."""
 
 
 class ZeroTuning:
@@ -80,20 +103,27 @@ class ZeroTuning:
     pools: ClassVar[tuple[str, ...]] = ("key0",)
     parameters: ClassVar[tuple[str, ...]] = ("gamma",)
     rescales: ClassVar[str | None] = "gamma"
+    strengths: ClassVar[str] = "gamma"
     Settings: ClassVar[type[CalibrationSettings]] = ZeroTuningSettings
+    ProfileSettings: ClassVar[type[CalibrationSettings]] = ZeroTuningProfileSettings
 
     def bind(self, settings: CalibrationSettings, facts: ModelFacts) -> Bound:
-        """Resolve layers and heads; refuse a request without `gamma`."""
+        """Resolve gamma, layers and heads; refuse a request that neither has nor gets `gamma`."""
         if not isinstance(settings, ZeroTuningSettings):
             raise TypeError(f"ZeroTuning got {type(settings).__name__}")
-        if settings.gamma is None:
+        selection = select(settings.layers, settings.heads, facts)
+        gamma: Json = settings.gamma
+        strengths: Strengths | None = getattr(settings, "strengths", None)
+        if strengths is not None:
+            selection = _restricted(strengths, selection, facts)
+            gamma = _gammas(strengths, selection) if gamma is None else gamma
+        if gamma is None:
             raise CalibrationError(
                 "gamma", "gamma is required: a number with 0 < gamma <= 100; there is no default"
             )
-        selection = select(settings.layers, settings.heads, facts)
         return Bound(
             method=self.name,
-            params={"gamma": settings.gamma, **normal_form(selection, facts)},
+            params={"gamma": gamma, **normal_form(selection, facts)},
             layers=len(selection),
             heads=sum(map(len, selection.values())),
         )
@@ -124,7 +154,8 @@ class ZeroTuning:
             return None
         heads = np.zeros(facts.query_heads, np.bool_)
         heads[chosen] = True
-        gamma = np.where(heads, np.float32(str(bound.params["gamma"])), np.float32(1))
+        gamma = np.ones(facts.query_heads, np.float32)
+        gamma[chosen] = _gamma_of(bound.params["gamma"], layer, chosen)
         return LayerPlan(heads, {"gamma": gamma}, (Pool(np.zeros(1, np.int32)),))
 
     def coefficients(self, masses: Masses, parameters: Mapping[str, torch.Tensor]) -> Coefficients:
@@ -143,3 +174,41 @@ class ZeroTuning:
             apply=mass > 0,  # zero only where a sliding window hides key 0
             statistics={"key0_mass_before": mass, "key0_mass_after": on_key0 * mass},
         )
+
+
+def _restricted(strengths: Strengths, selection: Selection, facts: ModelFacts) -> Selection:
+    """Layers and heads that have a strength and are selected."""
+    check_range("strengths", strengths, facts.layers, "layers")
+    for layer, heads in strengths.items():
+        check_range("strengths", heads, facts.query_heads, f"query heads (in layer {layer})")
+    both = {
+        layer: tuple(head for head in selection.get(layer, ()) if head in strengths[layer])
+        for layer in sorted(strengths)
+    }
+    kept = {layer: heads for layer, heads in both.items() if heads}
+    if not kept:
+        raise CalibrationError(
+            "layers" if selection.keys().isdisjoint(strengths) else "heads",
+            "layers and heads leave out all that the profile has a gamma for; it has some in "
+            f"{len(strengths)} layers, {min(strengths)} the first and {max(strengths)} the last",
+        )
+    return kept
+
+
+def _gammas(strengths: Strengths, selection: Selection) -> Json:
+    """Gammas of a selection in the one form that equal ones share: a number where it is the same
+    everywhere."""
+    gammas: dict[str, Json] = {
+        str(layer): {str(head): strengths[layer][head] for head in heads}
+        for layer, heads in selection.items()
+    }
+    distinct = {strengths[layer][head] for layer, heads in selection.items() for head in heads}
+    return distinct.pop() if len(distinct) == 1 else gammas
+
+
+def _gamma_of(gamma: Json, layer: int, heads: list[int]) -> FloatArray:
+    """Gammas of some heads of a layer, float32 `[len(heads)]`."""
+    if not isinstance(gamma, dict):
+        return np.full(len(heads), gamma, np.float32)
+    by_head = cast("dict[str, float]", gamma[str(layer)])
+    return np.array([by_head[str(head)] for head in heads], np.float32)

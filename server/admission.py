@@ -5,19 +5,14 @@ Everything a request could get wrong is found here, before anything reaches the 
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import json
-import reprlib
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
-from calibrators.canonical import RECEIPT_DIGITS, canonical_json, digest
+from calibrators import capabilities
+from calibrators.canonical import canonical_json, digest
 from calibrators.interface import (
     Bound,
     CalibrationError,
@@ -27,112 +22,21 @@ from calibrators.interface import (
     Prompt,
     ResidualPeaks,
 )
+from calibrators.profiles import Profile, ProfileError
+from calibrators.settings import CalibrationSettings
+from server.admitted import Admitted as Admitted
+from server.admitted import PrefillRule, strictest
 from server.engine.facts import StepLimit
 from server.engine.text_pass import text_layers
+from server.presets import Preset, PresetError
+from server.refusals import FIELD as FIELD
+from server.refusals import REASONS as REASONS
+from server.refusals import Refusal as Refusal
+from server.refusals import invalid, kind, listed, quoted
 
-FIELD = "calibration"
 OFF = "none"
 # More than any method has parameters; each unknown one costs an error to describe.
 MAX_KEYS = 64
-# What a client's word may take up in an error message.
-_QUOTE = 80
-# Lists nested deeper than the stack and objects of a million keys are quoted in part.
-_SHORTENED = reprlib.Repr()
-_SHORTENED.maxlevel = 3
-_SHORTENED.maxstring = _SHORTENED.maxlong = _SHORTENED.maxother = _QUOTE
-# Errors that say no more than that another form of the field was meant.
-_OTHER_FORM = frozenset({"literal_error", "list_type", "dict_type"})
-
-
-class Refusal(Exception):
-    """A calibration that is refused.
-
-    Args:
-        reason: label of the rejection metric, from `REASONS`.
-        param: path of the offending field, `calibration` included.
-        message: the rule, the value and what is allowed.
-        method: the calibrator concerned, where it is known.
-    """
-
-    def __init__(self, reason: str, param: str, message: str, method: str | None = None) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.param = param
-        self.message = message
-        self.method = method
-
-
-REASONS = (
-    "malformed",
-    "unknown_method",
-    "invalid_parameter",
-    "unsupported_model",
-    "combination",
-    "unsupported_feature",
-    "no_image",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillRule:
-    """How a request's prompt may be cut into steps, and which calibration says so."""
-
-    policy: Prefill = Prefill.ANY
-    path: str = FIELD
-    method: str = ""
-    title: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """Calibrations that will be applied, in order.
-
-    Attributes:
-        bounds: resolved settings.
-        digest: 64 hex digits over the canonical form and the model.
-        touches_prompt_kv: cached KV is shared only between equal digests.
-        shareable: cached KV may be shared at all.
-        prefill: the strictest of its calibrations' rules.
-        text_layers: layers in which the prompt has to be seen without its images first.
-        paths: where in the request each of `bounds` was asked for.
-        vision: any of them needs an image.
-    """
-
-    bounds: tuple[Bound, ...]
-    digest: str
-    touches_prompt_kv: bool
-    shareable: bool
-    prefill: PrefillRule = PrefillRule()
-    text_layers: tuple[int, ...] = ()
-    paths: tuple[str, ...] = ()
-    vision: bool = False
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Names, in order."""
-        return tuple(bound.method for bound in self.bounds)
-
-    @property
-    def short_digest(self) -> str:
-        """The digits shown to clients."""
-        return self.digest[:RECEIPT_DIGITS]
-
-    @property
-    def header(self) -> str:
-        """Value of `X-Calibration`."""
-        return f"{'+'.join(self.methods)};digest={self.short_digest}"
-
-    def cache_salt(self, key: bytes, tenant: str, user_salt: str | None) -> str | None:
-        """Salt that keeps this calibration's cached KV apart; None where the user's will do.
-
-        HMAC-SHA256 in hex: nobody without the key can choose a salt that meets it.
-        """
-        if self.shareable and not self.touches_prompt_kv:
-            return user_salt
-        parts = [self.digest, tenant, user_salt]
-        if not self.shareable:
-            parts.append(secrets.token_hex(16))
-        return hmac.new(key, json.dumps(parts).encode(), hashlib.sha256).hexdigest()
 
 
 class Admission:
@@ -142,12 +46,16 @@ class Admission:
         calibrators: the methods on offer.
         facts: of the served model.
         model: identity of the served model, part of every digest.
+        profiles: by name, for requests to take parameters from.
+        presets: by name.
         default: `calibration` of requests that say nothing.
         limit: calibrations per request at most.
         step: the most tokens of one prompt that a step takes; None for any number.
         ranks: tensor-parallel ranks.
 
     Raises:
+        ProfileError: a profile is for another model, or its parameters are not admissible.
+        PresetError: a preset is not admissible, or has the name of a calibrator.
         Refusal: the default itself is not admissible.
     """
 
@@ -157,6 +65,8 @@ class Admission:
         facts: ModelFacts,
         model: str,
         *,
+        profiles: Mapping[str, Profile] | None = None,
+        presets: Mapping[str, Preset] | None = None,
         default: object = None,
         limit: int = 2,
         step: StepLimit | None = None,
@@ -164,10 +74,15 @@ class Admission:
     ) -> None:
         self.calibrators = calibrators
         self.facts = facts
+        self.profiles = profiles or {}
+        self.presets = presets or {}
         self._model = model
         self._limit = limit
         self._step = step
         self._ranks = ranks
+        for profile in self.profiles.values():
+            self._check_profile(profile)
+        self._settled = {name: self._settle(preset) for name, preset in self.presets.items()}
         self._default: Admitted | None = None
         self._default = self.admit(default)
 
@@ -184,10 +99,15 @@ class Admission:
             return self._default
         if field == OFF:
             return None
-        entries = self._entries(field)
+        if isinstance(field, str) and field in self._settled:
+            return self._settled[field]
+        return self._admit(field, FIELD)
+
+    def _admit(self, field: object, path: str) -> Admitted:
+        entries = self._entries(field, path)
         pairs = [self._bind(entry, path) for entry, path in entries]
         self._check_combination([calibrator for calibrator, _ in pairs])
-        rule = _strictest(
+        rule = strictest(
             PrefillRule(calibrator.prefill(bound), path, calibrator.name, calibrator.title)
             for (calibrator, bound), (_, path) in zip(pairs, entries, strict=True)
         )
@@ -225,6 +145,10 @@ class Admission:
             rule.method,
         )
 
+    def profiles_of(self, calibrator: Calibrator) -> list[str]:
+        """Names of the profiles for a method, sorted."""
+        return sorted(p.name for p in self.profiles.values() if p.method == calibrator.name)
+
     def usual(self, calibrator: Calibrator) -> Bound | None:
         """What a request without parameters would get, None where it would be refused."""
         try:
@@ -243,34 +167,58 @@ class Admission:
             return f"{calibrator.title} needs a model that takes images; this one takes text only"
         return None
 
-    def _entries(self, field: object) -> list[tuple[object, str]]:
+    def _check_profile(self, profile: Profile) -> None:
+        if profile.method not in self.calibrators:
+            offer = listed(self.calibrators)
+            message = f"there is no calibrator {profile.method!r}; this server offers: {offer}"
+            raise ProfileError(profile.file, "method", message)
+        profile.check_model(self.facts)
+        calibrator = self.calibrators[profile.method]
+        own = capabilities.strengths(calibrator)
+        if profile.strengths is not None and own in profile.parameters:
+            raise ProfileError(profile.file, f"parameters.{own}", "strengths take its place")
+        try:
+            self._bind({"method": profile.method, "profile": profile.name}, "parameters")
+        except Refusal as refusal:
+            field = refusal.param.replace("parameters.strengths", "strengths")
+            raise ProfileError(profile.file, field, refusal.message) from None
+
+    def _settle(self, preset: Preset) -> Admitted:
+        if preset.name in self.calibrators:
+            raise PresetError(preset.name, "it has the name of a calibrator; give it another")
+        try:
+            admitted = self._admit(preset.calibration, FIELD)
+        except Refusal as refusal:
+            raise PresetError(preset.name, refusal.message) from None
+        return admitted
+
+    def _entries(self, field: object, path: str) -> list[tuple[object, str]]:
         if not isinstance(field, list):
-            return [(field, FIELD)]
+            return [(field, path)]
         if not 1 <= len(field) <= self._limit:
             raise Refusal(
                 "malformed",
-                FIELD,
+                path,
                 f"calibration lists {len(field)} calibrations; 1 to {self._limit} are allowed",
             )
-        return [(entry, f"{FIELD}[{index}]") for index, entry in enumerate(field)]
+        return [(entry, f"{path}[{index}]") for index, entry in enumerate(field)]
 
     def _bind(self, entry: object, path: str) -> tuple[Calibrator, Bound]:
         name, body, where = _name_of(entry, path)
         calibrator = self.calibrators.get(name)
         if calibrator is None:
-            known = ", ".join(sorted(self.calibrators)) or "none"
-            raise Refusal(
-                "unknown_method",
-                where,
-                f"there is no calibrator {_quoted(name)}; this server offers: {known}",
-            )
+            raise self._unknown(name, where)
         reason = self._unfit(calibrator)
         if reason is not None:
             raise Refusal("unsupported_model", path, reason, name)
         try:
-            bound = calibrator.bind(calibrator.Settings.model_validate(body), self.facts)
+            settings = calibrator.Settings.model_validate(body)
+            profile = settings.profile
+            if profile is not None:
+                settings = self._completed(calibrator, profile, body, path)
+            bound = replace(calibrator.bind(settings, self.facts), profile=profile)
         except ValidationError as error:
-            raise _invalid(error.errors(include_url=False), path, calibrator) from None
+            raise invalid(error.errors(include_url=False), path, calibrator) from None
         except CalibrationError as error:
             param = f"{path}.{error.param}" if error.param else path
             raise Refusal("invalid_parameter", param, error.message, name) from None
@@ -278,6 +226,35 @@ class Admission:
         if reason is not None:
             raise Refusal("unsupported_feature", path, reason, name)
         return calibrator, bound
+
+    def _unknown(self, name: str, where: str) -> Refusal:
+        offer = f"this server offers: {listed(self.calibrators)}"
+        if name in self.presets:
+            offer += "; the preset of that name stands alone"
+        elif self.presets:
+            offer += f"; presets: {listed(self.presets)}"
+        return Refusal("unknown_method", where, f"there is no calibrator {quoted(name)}; {offer}")
+
+    def _completed(
+        self, calibrator: Calibrator, name: str, body: Mapping[str, Any], path: str
+    ) -> CalibrationSettings:
+        """Settings of a request and the profile it names."""
+        profile = self.profiles.get(name)
+        if profile is None or profile.method != calibrator.name:
+            problem = (
+                f"there is no profile {quoted(name)}"
+                if profile is None
+                else f"the profile {quoted(name)} is for {profile.method}, not {calibrator.name}"
+            )
+            raise Refusal(
+                "unknown_profile",
+                f"{path}.profile",
+                f"{problem}; profiles for {calibrator.name}: "
+                f"{listed(self.profiles_of(calibrator))}",
+                calibrator.name,
+            )
+        merged = profile.settings(body, capabilities.alternatives(calibrator))
+        return capabilities.profile_settings(calibrator).model_validate(merged)
 
     def _unsupported(self, calibrator: Calibrator, bound: Bound) -> str | None:
         """What a method asks for and this engine cannot do."""
@@ -313,21 +290,6 @@ class Admission:
                 )
 
 
-def _strictest(rules: Iterable[PrefillRule]) -> PrefillRule:
-    """The one rule of several that all agree to."""
-    strict = {rule.policy: rule for rule in rules if rule.policy is not Prefill.ANY}
-    if len(strict) > 1:
-        whole, split = strict[Prefill.WHOLE].method, strict[Prefill.SPLIT_LAST].method
-        raise Refusal(
-            "combination",
-            FIELD,
-            f"{whole} needs the whole prompt in one step and {split} its last token in a step of "
-            "its own; at most one of them is allowed per request",
-            split,
-        )
-    return next(iter(strict.values()), PrefillRule())
-
-
 def _name_of(entry: object, path: str) -> tuple[str, Mapping[str, Any], str]:
     if isinstance(entry, str):
         return entry, {"method": entry}, path
@@ -335,7 +297,7 @@ def _name_of(entry: object, path: str) -> tuple[str, Mapping[str, Any], str]:
         raise Refusal(
             "malformed",
             path,
-            f"{path} is {_kind(entry)}; allowed are the name of a calibrator, an object with "
+            f"{path} is {kind(entry)}; allowed are the name of a calibrator, an object with "
             'the key "method", a list of those, or "none"',
         )
     if len(entry) > MAX_KEYS:
@@ -348,38 +310,3 @@ def _name_of(entry: object, path: str) -> tuple[str, Mapping[str, Any], str]:
             "malformed", f"{path}.method", f'{path} needs the key "method", the calibrator\'s name'
         )
     return name, entry, f"{path}.method"
-
-
-def _invalid(errors: Sequence[ErrorDetails], path: str, calibrator: Calibrator) -> Refusal:
-    error = _most_telling(errors)
-    location = errors[0]["loc"]
-    param = f"{path}.{_quoted(location[0], quotes=False)}" if location else path
-    fields = calibrator.Settings.model_fields
-    if error["type"] == "extra_forbidden":
-        known = ", ".join(name for name in fields if name != "method")
-        message = f"{calibrator.name} has no parameter {_quoted(location[0])}; it has {known}"
-    else:
-        field = fields.get(str(location[0])) if location else None
-        allowed = " ".join((field.description or "").split()) if field else ""
-        value = errors[0]["input"]
-        message = f"{param} is {_quoted(value)}, which is not allowed: {error['msg']}. {allowed}"
-    return Refusal("invalid_parameter", param, message.rstrip(), calibrator.name)
-
-
-def _most_telling(errors: Sequence[ErrorDetails]) -> ErrorDetails:
-    """Of the errors on the first field, one per form it may take, that of the form meant."""
-    field = errors[0]["loc"][:1]
-    return max(
-        (error for error in errors if error["loc"][:1] == field),
-        key=lambda error: (len(error["loc"]), error["type"] not in _OTHER_FORM),
-    )
-
-
-def _quoted(value: object, *, quotes: bool = True) -> str:
-    text = _SHORTENED.repr(value) if quotes else str(value)
-    return text if len(text) <= _QUOTE else text[:_QUOTE] + "..."
-
-
-def _kind(value: object) -> str:
-    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list"}
-    return names.get(type(value), "not a calibration")

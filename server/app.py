@@ -7,7 +7,7 @@ replaced, others are added, everything else is inherited.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from vllm.platforms import current_platform
 
-from calibrators import registry
 from server import errors
-from server.admission import Admission, Refusal
 from server.engine import media, startup, wording
-from server.engine.facts import calibrators_of, model_facts, model_identity, step_limit
+from server.engine.facts import counts_for_all
 from server.engine.preludes import precede
 from server.engine.prompts import inspect
 from server.engine.reports import listen, on_shutdown
@@ -30,12 +28,15 @@ from server.front_end import FrontEnd
 from server.metrics import Metrics
 from server.middleware.drain import DrainMiddleware
 from server.middleware.plain_routes import PlainRoutesMiddleware
-from server.routes import calibrators, generate, health
+from server.offer import offer
+from server.routes import calibrators, generate, health, models, presets, profiles
 from server.settings import Settings
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
     from vllm.engine.protocol import EngineClient
+
+ROUTES = (generate, models, calibrators, profiles, presets, health)
 
 
 class TrimtabEndpoint:
@@ -51,7 +52,7 @@ class TrimtabEndpoint:
         """Lay our routes over vLLM's."""
         self._app = app
         media.register()
-        for module in (generate, calibrators, health):
+        for module in ROUTES:
             app.include_router(module.router)
         app.add_middleware(PlainRoutesMiddleware, calibrated=generate.PATHS)
         app.add_middleware(DrainMiddleware, draining=lambda: app.state.trimtab.draining)
@@ -67,7 +68,8 @@ class TrimtabEndpoint:
         if engine_client is None or self._app is None:
             raise startup.StartupRefused("Trimtab needs an engine: it cannot run render-only")
         await startup.verify_workers(engine_client)
-        front_end = build_front_end(engine_client, Settings.from_args(args))
+        names = args.served_model_name or [args.model]
+        front_end = build_front_end(engine_client, Settings.from_args(args), names)
         state.trimtab = front_end
         precede(engine_client, front_end.preludes)
         wording.look_for(engine_client)
@@ -101,24 +103,16 @@ def _enveloped(handler: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return answer
 
 
-def build_front_end(engine_client: EngineClient, settings: Settings) -> FrontEnd:
-    """State of this process for one engine."""
+def build_front_end(
+    engine_client: EngineClient, settings: Settings, names: Sequence[str]
+) -> FrontEnd:
+    """State of this process for one engine, whose model is served under `names`."""
     config = engine_client.vllm_config
-    names = calibrators_of(config)
-    try:
-        admission = Admission(
-            registry.load(names),
-            model_facts(config),
-            model_identity(config),
-            default=settings.default_calibration,
-            limit=settings.max_calibrations_per_request,
-            step=step_limit(config),
-            ranks=config.parallel_config.tensor_parallel_size,
-        )
-    except Refusal as refusal:
-        raise startup.StartupRefused(f"--default-calibration: {refusal.message}") from None
-    metrics = Metrics(names, vllm.__version__, current_platform.device_type)
-    return FrontEnd(admission, metrics, settings.salt_key.encode())
+    admission, aliases = offer(config, settings, names)
+    metrics = Metrics(admission.calibrators, vllm.__version__, current_platform.device_type)
+    if counts_for_all(config):
+        metrics.profiles_loaded(len(admission.profiles))
+    return FrontEnd(admission, metrics, settings.salt_key.encode(), aliases)
 
 
 def endpoint_plugin() -> TrimtabEndpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from calibrators.interface import Bound, Calibrator
+from server.refusals import BASE
 
 
 def entry(calibrator: Calibrator, usual: Bound | None) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def defaults(calibrator: Calibrator) -> dict[str, Any]:
     return {
         name: field.get_default(call_default_factory=True)
         for name, field in fields.items()
-        if name != "method" and not field.is_required()
+        if name not in BASE and not field.is_required()
     }
 
 
@@ -48,7 +49,7 @@ def _paragraph(calibrator: Calibrator) -> str:
         f"  paper: {calibrator.paper}",
     ]
     for name, field in calibrator.Settings.model_fields.items():
-        if name == "method":
+        if name in BASE:
             continue
         default = defaults(calibrator).get(name)
         shown = (

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from server.admission import Admission, Admitted
+from server.aliases import Alias
 from server.engine.geometry import Geometry
 from server.engine.payload import Report
 from server.engine.preludes import Preludes
@@ -26,6 +28,7 @@ class FrontEnd:
         admission: of requests to the served model.
         metrics: of this process.
         salt_key: secret of cache salts, the same in all API servers of an engine.
+        aliases: model names that stand for a preset.
         desk: open receipts.
         preludes: text passes that run, and requests that wait for theirs.
         draining: set when shutdown has begun.
@@ -34,6 +37,7 @@ class FrontEnd:
     admission: Admission
     metrics: Metrics
     salt_key: bytes
+    aliases: Mapping[str, Alias] = field(default_factory=dict)
     desk: ReceiptDesk = field(default_factory=ReceiptDesk)
     preludes: Preludes = field(default_factory=Preludes)
     draining: bool = False

@@ -108,6 +108,10 @@ class Metrics:
         if refusal.method is not None:
             self._requests.labels(refusal.method, "rejected").inc()
 
+    def profiles_loaded(self, number: int) -> None:
+        """So many profiles were read at the start. One that is refused ends it."""
+        self._profile_loads.labels("loaded").inc(number)
+
     def opened(self, receipt: Receipt) -> None:
         """A calibrated request starts."""
         for method in receipt.admitted.methods:

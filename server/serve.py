@@ -22,6 +22,7 @@ from server import __version__, models
 from server.engine import startup
 from server.engine.media import MAX_IMAGES, set_defaults
 from server.engine.payload import KEY
+from server.offer import offer
 from server.settings import Settings, add_flags, share_salt_key
 
 SHUTDOWN_SECONDS = 45
@@ -59,7 +60,11 @@ def checked(argv: Sequence[str], report: Callable[[str], None]) -> Namespace:
     ServeSubcommand().validate(args)
     configure_logging_from_args(args)
     engine_args = AsyncEngineArgs.from_cli_args(args)
-    startup.check_config(engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER))
+    config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    startup.check_config(config)
+    # Each front end reads profiles and presets again; what is wrong with them is said here, before
+    # a model is loaded.
+    offer(config, settings, args.served_model_name or [args.model])
     return args
 
 

@@ -13,9 +13,11 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from calibrators.registry import BUILT_IN
+from server.presets import NAME
 
 PREFIX = "TRIMTAB_"
 SALT_KEY = "TRIMTAB_CACHE_SALT_KEY"
@@ -27,6 +29,8 @@ class Settings:
 
     Attributes:
         calibrators: names of the methods on offer.
+        calibration_profiles: folder of profiles.
+        calibration_presets: file of presets.
         default_calibration: `calibration` of requests that say nothing.
         max_calibrations_per_request: longest list a request may send.
         allow_untested_vllm: start with a vLLM this version was not tested with.
@@ -35,6 +39,8 @@ class Settings:
     """
 
     calibrators: tuple[str, ...] = BUILT_IN
+    calibration_profiles: Path | None = None
+    calibration_presets: Path | None = None
     default_calibration: Any = None
     max_calibrations_per_request: int = 2
     allow_untested_vllm: bool = False
@@ -52,7 +58,14 @@ def add_flags(parser: ArgumentParser, environment: Mapping[str, str] = os.enviro
     group = parser.add_argument_group("Calibration", "Attention calibration (Trimtab).")
     add = partial(_add, group.add_argument, environment)
     add_calibrators(group.add_argument, environment)
-    add("--default-calibration", _json, None, "JSON: calibration of requests that name none.")
+    add("--calibration-profiles", _path, None, "Folder of profiles, one JSON file each.")
+    add("--calibration-presets", _path, None, "TOML file of presets: calibrations with a name.")
+    add(
+        "--default-calibration",
+        _json,
+        None,
+        "Calibration of requests that name none: JSON, or the name of a calibrator or preset.",
+    )
     add(
         "--max-calibrations-per-request",
         _positive,
@@ -106,10 +119,16 @@ def _json(text: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        # A bare word is a calibrator's name; anything else was meant as JSON.
-        if text.isidentifier():
+        # A bare word is a calibrator's or a preset's name; anything else was meant as JSON.
+        if NAME.fullmatch(text):
             return text
         raise ArgumentTypeError(f"not JSON: {text!r}") from None
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ArgumentTypeError("a path is needed")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

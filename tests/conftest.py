@@ -10,12 +10,23 @@ from hypothesis import settings
 from pydantic import Field
 
 from calibrators.interface import Bound, Coefficients, ModelFacts, Prefill, Rows
+from calibrators.profiles import Profile
 from calibrators.settings import CalibrationSettings
 
 # A first call pays for imports and compilation, and a busy machine for its neighbours. Examples are
 # new in every run but those of CI, which judges a change and not a draw.
 settings.register_profile("trimtab", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("trimtab")
+
+
+def pytest_collection_modifyitems(items):
+    """With several test processes, engines are left to one of them: never two side by side."""
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.xdist_group("engine"))
+
+
+CONFIG_HASH = "c0" * 32
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +42,52 @@ def make_facts():
             "head_dim": 32,
             "hidden_size": 192,
             "max_model_len": 512,
+            "config_hash": CONFIG_HASH,
         }
         return ModelFacts(**(usual | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def profile_content():
+    """Content of a profile's file for the model of `make_facts`, any field overridden."""
+
+    def make(**changes):
+        usual = {
+            "format": 1,
+            "name": "calm",
+            "model": {
+                "config_hash": CONFIG_HASH,
+                "architecture": "LlamaForCausalLM",
+                "layers": 4,
+                "query_heads": 6,
+            },
+            "method": "zerotuning",
+            "parameters": {"gamma": 0.5, "layers": [1, 3], "heads": [0, 2]},
+            "provenance": {
+                "data": {"name": "reviews", "sha256": "d1" * 32},
+                "split": {"seed": 0, "search": 500, "report": 372},
+                "metric": "accuracy",
+                "baseline": {"value": 0.62, "low": 0.57, "high": 0.67},
+                "result": {"value": 0.71, "low": 0.66, "high": 0.76},
+                "confidence": 0.95,
+                "date": "2026-11-25",
+                "trimtab": "0.1.0",
+                "search": {"grid": [0.3, 0.5], "heads": "probed one by one"},
+            },
+        }
+        return usual | changes
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_profile(profile_content):
+    """A profile with that content."""
+
+    def make(**changes):
+        return Profile.model_validate(profile_content(**changes))
 
     return make
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from calibrators.interface import ModelFacts
 from calibrators.registry import BUILT_IN
 from server.engine.payload import KEY
+from server.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -49,6 +50,7 @@ def model_facts(vllm_config: VllmConfig) -> ModelFacts:
         hidden_size=model.get_hidden_size(),
         max_model_len=model.max_model_len,
         modality="vision" if model.is_multimodal_model else "text",
+        config_hash=fingerprint(model.hf_config, text),
     )
 
 
@@ -57,6 +59,12 @@ def model_identity(vllm_config: VllmConfig) -> str:
     model = vllm_config.model_config
     name = model.served_model_name
     return f"{name if isinstance(name, str) else name[0]}@{model.revision or ''}"
+
+
+def counts_for_all(vllm_config: VllmConfig) -> bool:
+    """Whether this API server counts, once, what all of them do alike at their start."""
+    rank: int = vllm_config.parallel_config._api_process_rank
+    return rank <= 0
 
 
 def calibrators_of(vllm_config: VllmConfig) -> tuple[str, ...]:

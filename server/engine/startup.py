@@ -61,6 +61,19 @@ def check_arguments(args: Namespace) -> None:
             )
 
 
+def check_names() -> None:
+    """Refuse a server that takes any model name where some stand for a calibration.
+
+    Raises:
+        StartupRefused: names the variable.
+    """
+    if envs.VLLM_SKIP_MODEL_NAME_VALIDATION:
+        raise StartupRefused(
+            "VLLM_SKIP_MODEL_NAME_VALIDATION lets names of presets pass where nothing is "
+            "calibrated: unset it, or leave out --calibration-presets"
+        )
+
+
 def check_config(config: VllmConfig) -> None:
     """Refuse what cannot be calibrated.
 

@@ -43,5 +43,5 @@ def _described(calibrator: Calibrator, admission: Admission) -> dict[str, Any]:
         **entry(calibrator, admission.usual(calibrator)),
         "available": reason is None,
         "unavailable_reason": reason,
-        "profiles": [],
+        "profiles": admission.profiles_of(calibrator),
     }

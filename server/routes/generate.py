@@ -21,6 +21,7 @@ from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from server.admission import Admitted, Refusal
+from server.aliases import answered_as
 from server.engine import wording
 from server.engine.payload import KEY
 from server.errors import INVALID_CALIBRATION, ApiError, envelope, in_our_envelope, replaced
@@ -56,6 +57,19 @@ async def create_completion(request: CalibratedCompletionRequest, raw_request: R
 async def answer(request: AnyRequest, raw_request: Request, handler: Handler) -> Response | None:
     """Run vLLM's `handler`, with calibration around it where one was admitted."""
     front_end: FrontEnd = raw_request.app.state.trimtab
+    name = request.model or ""
+    alias = front_end.aliases.get(name)
+    if alias is None:
+        return await _answer(request, raw_request, handler, front_end)
+    request.model = alias.model
+    if request.calibration is None:
+        request.calibration = alias.preset
+    return answered_as(await _answer(request, raw_request, handler, front_end), name)
+
+
+async def _answer(
+    request: AnyRequest, raw_request: Request, handler: Handler, front_end: FrontEnd
+) -> Response | None:
     try:
         admitted = front_end.admission.admit(request.calibration)
         check_honourable(request, admitted)

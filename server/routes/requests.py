@@ -11,9 +11,9 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.sampling_params import SamplingParams
 
 DESCRIPTION = (
-    "Calibration of this request: the name of a calibrator, an object with its parameters, a list "
-    'of such objects, or "none". Absent or null: the server\'s default. '
-    "GET /v1/calibrators lists calibrators and their parameters."
+    "Calibration of this request: the name of a calibrator or a preset, an object with a "
+    "calibrator's parameters, a list of such objects, or \"none\". Absent or null: the server's "
+    "default. GET /v1/calibrators lists calibrators and their parameters."
 )
 
 CalibrationField = Annotated[

@@ -3,7 +3,14 @@ import sys
 
 import pytest
 
-from calibrators.capabilities import across_heads, chooses_heads
+from calibrators.act import ACT
+from calibrators.capabilities import (
+    across_heads,
+    alternatives,
+    chooses_heads,
+    profile_settings,
+    strengths,
+)
 from calibrators.interface import (
     CalibrationError,
     Calibrator,
@@ -57,3 +64,17 @@ def test_equal_observations_are_one_key(make):
     measured = {make(3): "first"}
     assert measured[make(3)] == "first"
     assert make(4) not in measured
+
+
+def test_what_a_class_declares_about_profiles(make_calibrator):
+    plain = make_calibrator()
+    assert (alternatives(plain), strengths(plain)) == ((), None)
+    assert profile_settings(plain) is plain.Settings
+    zerotuning = ZeroTuning()
+    assert strengths(zerotuning) in zerotuning.Settings.model_fields
+    assert profile_settings(zerotuning).model_fields.keys() - zerotuning.Settings.model_fields == {
+        "strengths"
+    }
+    assert {
+        name for group in alternatives(ACT()) for name in group
+    } <= ACT.Settings.model_fields.keys()

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from calibrators import reference
+from calibrators.canonical import canonical_json
 from calibrators.interface import CalibrationError, Masses, Prefill, Prompt, Rows, Span
-from calibrators.zerotuning import ZeroTuning, ZeroTuningSettings
+from calibrators.zerotuning import ZeroTuning, ZeroTuningProfileSettings, ZeroTuningSettings
 
 METHOD = ZeroTuning()
 PROMPT = Prompt(length=10, images=(Span(2, 4),))
@@ -125,3 +126,103 @@ def test_coefficients_give_the_reference(gamma):
         result.statistics["key0_mass_after"].double(), truth[..., 0], atol=1e-6, rtol=1e-5
     )
     assert torch.equal(result.statistics["key0_mass_before"], p[..., 0])
+
+
+STRENGTHS = {"1": {"0": 0.5, "5": 2}, "3": {"2": 0.5, "4": 0.25}}
+
+
+def bind_profiled(facts, **fields):
+    settings = ZeroTuningProfileSettings.model_validate({"strengths": STRENGTHS, **fields})
+    return METHOD.bind(settings, facts)
+
+
+@pytest.mark.parametrize(
+    ("fields", "params", "heads"),
+    [
+        (
+            {},
+            {
+                "gamma": {"1": {"0": 0.5, "5": 2.0}, "3": {"2": 0.5, "4": 0.25}},
+                "layers": [1, 3],
+                "heads": {"1": [0, 5], "3": [2, 4]},
+            },
+            4,
+        ),
+        (
+            {"layers": [0, 1]},
+            {"gamma": {"1": {"0": 0.5, "5": 2.0}}, "layers": [1], "heads": [0, 5]},
+            2,
+        ),
+        # One value everywhere has the form of a request that says so.
+        (
+            {"heads": [0, 2]},
+            {"gamma": 0.5, "layers": [1, 3], "heads": {"1": [0], "3": [2]}},
+            2,
+        ),
+        ({"heads": {"3": [1, 4]}}, {"gamma": 0.25, "layers": [3], "heads": [4]}, 1),
+        (
+            {"gamma": 3},
+            {"gamma": 3.0, "layers": [1, 3], "heads": {"1": [0, 5], "3": [2, 4]}},
+            4,
+        ),
+        ({"gamma": 3, "heads": [5]}, {"gamma": 3.0, "layers": [1], "heads": [5]}, 1),
+    ],
+    ids=str,
+)
+def test_strengths_give_gammas_layers_and_heads(make_facts, fields, params, heads):
+    bound = bind_profiled(make_facts(), **fields)
+    assert (bound.params, bound.layers, bound.heads) == (params, len(params["layers"]), heads)
+    if not isinstance(params["gamma"], dict):
+        assert bound == bind(make_facts(), **params)
+
+
+def test_the_order_of_strengths_does_not_matter(make_facts):
+    turned = {layer: dict(reversed(heads.items())) for layer, heads in reversed(STRENGTHS.items())}
+    bounds = [bind_profiled(make_facts()), bind_profiled(make_facts(), strengths=turned)]
+    assert bounds[0] == bounds[1]
+    assert len({canonical_json([(bound, 1)], "model") for bound in bounds}) == 1
+
+
+def test_strengths_of_every_head_select_all(make_facts):
+    strengths = {str(i): {str(h): 0.5 + i + h for h in range(6)} for i in range(4)}
+    params = bind_profiled(make_facts(), strengths=strengths).params
+    assert (params["layers"], params["heads"]) == ("all", "all")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"layers": [0, 2]}, "layers", "in 2 layers, 1 the first and 3 the last"),
+        ({"heads": [1]}, "heads", "leave out all"),
+        ({"layers": [1], "heads": [4]}, "heads", "leave out all"),
+        ({"layers": [4]}, "layers", "0 to 3 are allowed"),
+        ({"strengths": {"4": {"0": 1}}}, "strengths", "4 layers: 0 to 3 are allowed"),
+        ({"strengths": {"2": {"6": 1}}}, "strengths", "6 query heads (in layer 2): 0 to 5"),
+    ],
+)
+def test_strengths_that_select_nothing_or_what_is_not_there(make_facts, fields, param, said):
+    with pytest.raises(CalibrationError) as caught:
+        bind_profiled(make_facts(), **fields)
+    assert caught.value.param == param
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize("gamma", [0, -1, 100.5, float("nan"), True, "1"])
+def test_strengths_have_the_range_of_gamma(gamma):
+    with pytest.raises(ValidationError) as caught:
+        ZeroTuningProfileSettings.model_validate({"strengths": {"1": {"0": gamma}}})
+    assert caught.value.errors()[0]["loc"] == ("strengths", "1", "0")
+
+
+def test_no_request_can_send_strengths():
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        ZeroTuningSettings.model_validate({"gamma": 1, "strengths": STRENGTHS})
+
+
+def test_resolve_puts_each_gamma_on_its_head(make_facts):
+    bound = bind_profiled(make_facts())
+    plan = METHOD.resolve(bound, 3, make_facts(), PROMPT, {})
+    assert plan.heads.tolist() == [False, False, True, False, True, False]
+    assert plan.parameters["gamma"].tolist() == [1, 1, 0.5, 1, 0.25, 1]
+    assert plan.parameters["gamma"].dtype == np.float32
+    assert METHOD.resolve(bound, 2, make_facts(), PROMPT, {}) is None

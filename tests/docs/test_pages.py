@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.throughput import SCENARIOS
-from server.admission import REASONS
+from calibrators import registry
+from calibrators.interface import ModelFacts
+from calibrators.profiles import load
+from server.admission import REASONS, Admission
 from server.errors import INVALID_CALIBRATION
+from server.presets import read
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,3 +45,20 @@ def test_the_program_in_the_readme_compiles():
     (code,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
 
     compile(code, "README.md", "exec")
+
+
+def test_the_files_on_the_profiles_page_are_what_they_should_be(tmp_path):
+    page = (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
+    (content,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (toml,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "smollm2-reviews.json").write_text(content)
+    (tmp_path / "presets.toml").write_text(toml)
+    profile = load(tmp_path / "smollm2-reviews.json")
+    facts = ModelFacts(
+        "LlamaForCausalLM", 30, 9, 3, 64, 576, 2048, config_hash=profile.model.config_hash
+    )
+    presets = read(tmp_path / "presets.toml")
+    admission = Admission(
+        registry.load(), facts, "m", profiles={profile.name: profile}, presets=presets
+    )
+    assert admission.admit("reviews").bounds[0].params["heads"] == [1, 4]

@@ -1,10 +1,9 @@
 """Settings of ACT and prompts on which no decision is a close one.
 
 Whether a key is a sink hangs on a strict bound. Two correct computations in float32 may disagree
-about a mean that is next to it, and everything after it would differ. And a row that pays next to
-all of its attention to sinks is ill-conditioned: what it pays to others is enlarged, with all of
-its rounding. So prompts were picked on which every mean and probability stays clear of its bound,
-and no row is left with next to nothing; the tests assert both.
+about a mean that is next to it, and everything after it would differ. So prompts were picked on
+which every mean and probability stays clear of its bound, which the tests assert. Among them is one
+with a row that pays all but 2e-4 of its attention to sinks: what it pays to others is enlarged.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ SETTINGS: list[dict[str, Any]] = [
 SEEDS: list[dict[int, int]] = [
     dict(zip(LENGTHS, seeds, strict=True))
     for seeds in (
-        [0, 0, 0, 0, 1],
+        [0, 0, 0, 3, 1],
         [100, 100, 100, 143, 136],
         [200, 200, 200, 201, 200],
         [300, 300, 300, 300, 300],

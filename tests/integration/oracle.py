@@ -64,8 +64,14 @@ class Oracle:
         return chosen
 
     def zerotuning(self, setting: dict[str, Any]) -> Rewrite:
-        """ZeroTuning of a setting."""
-        gamma = torch.where(self.selected(setting), float(setting["gamma"]), 1.0)
+        """ZeroTuning of a setting, which has a gamma or `strengths`, gammas by layer and head."""
+        if "strengths" in setting:
+            gamma = torch.ones(self.layers, self.heads)
+            for layer, heads in setting["strengths"].items():
+                for head, strength in heads.items():
+                    gamma[int(layer), int(head)] = strength
+        else:
+            gamma = torch.where(self.selected(setting), float(setting["gamma"]), 1.0)
         return lambda layer, p: reference.zerotuning(p, gamma[layer])
 
     def _attention(

@@ -16,6 +16,7 @@ import pytest
 
 from tests.integration.attempts import in_time
 from tests.integration.oracle import Oracle, plain
+from tests.integration.profiles import write_profile
 from tests.integration.sequences import Text, log_probabilities
 from tests.integration.serving import Server, serving
 
@@ -32,7 +33,12 @@ SETTINGS: list[dict[str, Any] | None] = [
     {"gamma": 0.4, "heads": [0, 4, 8]},
     {"gamma": 2.5, "layers": [0, 1, 2, 28], "heads": [3]},
     {"gamma": 0.5, "heads": {"0": [0], "7": [1, 2, 8], "29": [0, 1, 2, 3, 4, 5, 6, 7, 8]}},
+    {"profile": "by-head"},
 ]
+STRENGTHS = {
+    str(layer): {str(head): round(0.2 + 0.37 * ((layer + 2 * head) % 7), 2) for head in heads}
+    for layer, heads in {0: [0, 1, 2], 3: [5], 11: range(9), 29: [8, 3]}.items()
+}
 LENGTHS = [1, 2, 17, 63, 64, 65, 128, 200, 311, 600]
 NEW_TOKENS = 12
 TOLERANCE = 1e-3
@@ -45,11 +51,13 @@ CUTS = {"chunks of 64": CHUNKED, "whole prompts": WHOLE}
 
 
 @pytest.fixture(scope="module", params=CUTS.values(), ids=CUTS)
-def server(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(request: Any, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     # 1,600 positions of 32-token blocks: less than the concurrent requests need.
     cache = ("--num-gpu-blocks-override", "50") if request.param is CHUNKED else ()
-    with serving(log, "--dtype", "float32", "--max-model-len", "1024", *request.param, *cache) as s:
+    profiles = write_profile(log.parent / "profiles", model, "by-head", strengths=STRENGTHS)
+    flags = ("--dtype", "float32", "--max-model-len", "1024", "--calibration-profiles", profiles)
+    with serving(log, *map(str, flags), *request.param, *cache) as s:
         yield s
 
 
@@ -95,7 +103,8 @@ def check(server: Server, oracle: Oracle, cases: list[tuple[list[int], Any]], n:
     worst = 0.0
     for (tokens, setting), answer in zip(cases, answers, strict=True):
         sequence, measured = log_probabilities(answer, tokens)
-        rewrite = plain if setting is None else oracle.zerotuning(setting)
+        known = {"strengths": STRENGTHS} if setting == {"profile": "by-head"} else setting
+        rewrite = plain if known is None else oracle.zerotuning(known)
         expected = oracle.log_probabilities(sequence, rewrite)
         deviation = (measured - expected).abs().max().item()
         assert deviation < TOLERANCE, (len(tokens), setting, deviation)

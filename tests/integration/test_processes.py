@@ -16,6 +16,7 @@ import pytest
 
 from tests.integration import slow
 from tests.integration.plugins import install
+from tests.integration.profiles import write_profile
 from tests.integration.serving import START_SECONDS, Server, serving
 
 PROCESSES = 2
@@ -31,6 +32,8 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     env["SLOW"] = str(slow_file(folder / "log"))
     flags = ["--api-server-count", str(PROCESSES), "--max-model-len", "1024"]
     flags += ["--enable-prompt-tokens-details", "--shutdown-timeout", "120"]
+    profiles = write_profile(folder / "profiles", model, "mild", parameters={"gamma": 0.7})
+    flags += ["--calibration-profiles", str(profiles)]
     with serving(folder / "log", *flags, env=env) as running:
         wait_for_every_process(running)
         yield running
@@ -104,6 +107,13 @@ def test_receipts_come_from_every_process(clients):
         for entry in receipt["applied"]
     }
     assert counts == {(300, 2)}
+
+
+def test_every_process_has_the_profiles(server, clients):
+    profiled = {"method": "zerotuning", "profile": "mild"}
+    digests = {complete(client, profiled)["calibration"]["digest"] for client in clients}
+    assert digests == {complete(clients[0], MILD)["calibration"]["digest"]}
+    assert server.metric("trimtab_profile_loads_total", outcome="loaded") == 1
 
 
 def test_metrics_are_sums_over_all_processes_whoever_is_asked(server, clients):

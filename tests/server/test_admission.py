@@ -59,7 +59,7 @@ def test_plain_requests(field):
     "field",
     [
         {"method": "zerotuning", "gamma": 0.6},
-        {"method": "zerotuning", "gamma": 0.6, "layers": "all", "heads": "all"},
+        {"method": "zerotuning", "gamma": 0.6, "layers": "all", "heads": "all", "profile": None},
         [{"method": "zerotuning", "gamma": 0.6}],
     ],
 )
@@ -127,8 +127,13 @@ def test_what_is_no_calibration(field, reason, param, said):
         ({"gamma": 1, "heads": {"1": [-1]}}, "heads", ["{'1': [-1]}", "greater than or equal"]),
         ({"gamma": 1, "heads": {"x": [1]}}, "heads", ["{'x': [1]}", "{layer: [heads]}"]),
         ({"gamma": 1, "heads": [0] * 5000}, "heads", ["at most 1024 items"]),
-        ({"gamma": 1, "gama": 2}, "gama", ["no parameter 'gama'", "it has gamma, layers, heads"]),
-        ({"gamma": 1, "profile": None}, "profile", ["no parameter 'profile'"]),
+        (
+            {"gamma": 1, "gama": 2},
+            "gama",
+            ["no parameter 'gama'", "it has gamma, layers, heads, profile"],
+        ),
+        ({"gamma": 1, "profile": "A"}, "profile", ["is 'A'", "match pattern"]),
+        ({"gamma": 1, "profile": ["a"]}, "profile", ["is ['a']", "valid string"]),
     ],
 )
 @pytest.mark.parametrize("place", ["object", "list"])
@@ -311,7 +316,13 @@ JSON = st.recursive(
 )
 OBJECTS = st.fixed_dictionaries(
     {"method": st.just("zerotuning") | JSON},
-    optional={"gamma": st.floats() | JSON, "layers": JSON, "heads": JSON, "x": JSON},
+    optional={
+        "gamma": st.floats() | JSON,
+        "layers": JSON,
+        "heads": JSON,
+        "profile": JSON,
+        "x": JSON,
+    },
 )
 
 

@@ -36,7 +36,7 @@ def test_an_entry_is_json_and_describes_the_method():
 def test_the_schema_carries_ranges_descriptions_and_strictness():
     schema = catalogue.entry(ZeroTuning(), None)["params_schema"]
     assert schema["additionalProperties"] is False
-    assert set(schema["properties"]) == {"method", "gamma", "layers", "heads"}
+    assert set(schema["properties"]) == {"method", "profile", "gamma", "layers", "heads"}
     gamma = schema["properties"]["gamma"]
     assert "0 < gamma <= 100" in gamma["description"]
     number = next(form for form in gamma["anyOf"] if form["type"] == "number")

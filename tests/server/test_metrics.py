@@ -85,6 +85,12 @@ def test_every_known_label_value_is_zero_at_the_start(metrics, name, combination
     assert found == {tuple(sorted(labels.items())): 0 for labels in combinations}
 
 
+def test_profiles_that_were_loaded_are_counted(metrics):
+    metrics.profiles_loaded(3)
+    assert metrics.value("trimtab_profile_loads_total", outcome="loaded") == 3
+    assert metrics.value("trimtab_profile_loads_total", outcome="refused") == 0
+
+
 def test_build_info(metrics):
     labels = {"version": __version__, "vllm_version": "0.32.0", "device": "cpu"}
     assert metrics.value("trimtab_build_info", **labels) == 1

@@ -9,6 +9,7 @@ import pytest
 from transformers import BertConfig, DeepseekV2Config, LlamaConfig, WhisperConfig
 
 from server.engine.startup import StartupRefused
+from server.fingerprint import fingerprint
 from server.serve import checked
 
 LLAMA = LlamaConfig(
@@ -98,6 +99,64 @@ def test_what_can_be_calibrated_passes(check, flags):
 def test_a_feature_is_refused_by_its_flag(check, flags, advice):
     with pytest.raises(StartupRefused, match=advice):
         check(LLAMA, *flags)
+
+
+def write(folder, name, content):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def test_profiles_and_presets_are_read_before_anything_runs(check, profile_content, tmp_path):
+    model = {
+        "config_hash": fingerprint(LLAMA, LLAMA),
+        "architecture": "LlamaForCausalLM",
+        "layers": 2,
+        "query_heads": 4,
+    }
+    content = profile_content(model=model, parameters={"gamma": 0.5, "heads": {"1": [3]}})
+    folder = write(tmp_path / "profiles", "calm.json", content)
+    presets = write(tmp_path, "presets.toml", "[presets.p]\nmethod='zerotuning'\nprofile='calm'")
+    flags = ["--calibration-profiles", str(folder), "--default-calibration", "p"]
+    flags += ["--calibration-presets", str(presets / "presets.toml")]
+    check(LLAMA, *flags)
+    with pytest.raises(StartupRefused, match=r"--calibration-presets: .*served as x:p"):
+        check(LLAMA, *flags, "--served-model-name", "x", "x:p")
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "content", "said"),
+    [
+        (
+            "profiles",
+            "calm.json",
+            None,
+            r"^--calibration-profiles: calm\.json: model: it is for LlamaForCausalLM with 4 layers "
+            r"of 6 query heads .*, and the model is LlamaForCausalLM with 2 layers of 4",
+        ),
+        ("profiles", "calm.json", "{}", r"^--calibration-profiles: calm\.json: format: "),
+        (
+            "presets",
+            "presets.toml",
+            "[presets.p]\nmethod='act'\nbeta=2",
+            "^--calibration-presets: preset 'p': calibration.beta is 2",
+        ),
+    ],
+)
+def test_a_bad_file_stops_the_start_with_one_line(
+    check, profile_content, tmp_path, flag, name, content, said
+):
+    folder = write(tmp_path / "files", name, content or profile_content())
+    path = folder if flag == "profiles" else folder / name
+    with pytest.raises(StartupRefused, match=said) as caught:
+        check(LLAMA, f"--calibration-{flag}", str(path))
+    assert str(tmp_path) not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_default_that_makes_no_sense_stops_the_start(check):
+    with pytest.raises(StartupRefused, match=r"^--default-calibration: there is no"):
+        check(LLAMA, "--default-calibration", "nothing")
 
 
 @pytest.mark.parametrize(

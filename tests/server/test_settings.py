@@ -1,4 +1,5 @@
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ def test_defaults(monkeypatch):
     settings = parse()
     assert settings.calibrators == BUILT_IN
     assert settings.default_calibration is None
+    assert (settings.calibration_profiles, settings.calibration_presets) == (None, None)
     assert settings.max_calibrations_per_request == 2
     assert settings.allow_untested_vllm is False
 
@@ -31,6 +33,9 @@ def test_defaults(monkeypatch):
         ("default_calibration", '["a", "b"]', ["a", "b"]),
         ("default_calibration", '"zerotuning"', "zerotuning"),
         ("default_calibration", "none", "none"),
+        ("default_calibration", "my-preset.2", "my-preset.2"),
+        ("calibration_profiles", "some/folder", Path("some/folder")),
+        ("calibration_presets", "presets.toml", Path("presets.toml")),
         ("default_calibration", "null", None),
         ("max_calibrations_per_request", "3", 3),
         ("allow_untested_vllm", "true", True),
@@ -53,6 +58,7 @@ def test_a_flag_wins_over_the_environment():
     [
         ("default_calibration", "{method", "not JSON: '{method'"),
         ("default_calibration", "zero tuning", "not JSON"),
+        ("calibration_profiles", "", "a path is needed"),
         ("max_calibrations_per_request", "0", "not a positive whole number"),
         ("max_calibrations_per_request", "-1", "not a positive whole number"),
         ("max_calibrations_per_request", "1.5", "not a positive whole number"),

@@ -134,6 +134,36 @@ def test_logprobs_and_structured_output_work(client, name):
     assert answer.model_extra["calibration"]["applied"][0]["completion_tokens"] >= 0
 
 
+def test_a_profile_gives_each_head_its_own_strength(client, server, name):
+    answer = chat(client, name, {"method": "zerotuning", "profile": "by-head"})
+    (applied,) = answer.model_extra["calibration"]["applied"]
+    assert (applied["profile"], applied["layers"], applied["heads"]) == ("by-head", 2, 3)
+    assert applied["params"] == {
+        "gamma": {"3": {"0": 0.3, "8": 2.0}, "20": {"4": 0.6}},
+        "layers": [3, 20],
+        "heads": {"3": [0, 8], "20": [4]},
+    }
+    assert applied["completion_tokens"] == answer.usage.completion_tokens - 1
+    assert server.metric("trimtab_profile_loads_total", outcome="loaded") == 1
+
+
+def test_a_preset_is_a_model(client, name):
+    listed = [model.id for model in client.models.list()]
+    assert listed == [name, f"{name}:calm"]
+    whole = chat(client, name, GAMMA)
+    answer = chat(client, f"{name}:calm")
+    assert answer.model == f"{name}:calm"
+    assert answer.choices[0].message.content == whole.choices[0].message.content
+    digest = whole.model_extra["calibration"]["digest"]
+    assert answer.model_extra["calibration"]["digest"] == digest
+    chunks = list(chat(client, f"{name}:calm", stream=True))
+    assert {chunk.model for chunk in chunks} == {f"{name}:calm"}
+    stamped = [c for c in chunks if c.model_extra.get("calibration")]
+    assert [c.model_extra["calibration"]["digest"] for c in stamped] == [digest]
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model=f"{name}:calm", input="hi")
+
+
 def test_error_classes(client, name):
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, name, {"method": "zerotuning", "gamma": 1000})

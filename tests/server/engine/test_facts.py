@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from server.engine.facts import StepLimit, step_limit
+from server.engine.facts import StepLimit, counts_for_all, step_limit
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,9 @@ def test_the_lowest_limit_counts(batched, scheduled, threshold, expected):
         long_prefill_token_threshold=threshold,
     )
     assert step_limit(SimpleNamespace(scheduler_config=scheduler)) == expected
+
+
+@pytest.mark.parametrize(("rank", "counts"), [(0, True), (1, False), (3, False), (-1, True)])
+def test_one_of_several_front_ends_counts_for_all(rank, counts):
+    parallel = SimpleNamespace(_api_process_rank=rank)
+    assert counts_for_all(SimpleNamespace(parallel_config=parallel)) is counts

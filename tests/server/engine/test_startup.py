@@ -197,3 +197,10 @@ def test_startup_checks_do_not_load_numba():
     """vLLM's worker fails to start where numba is loaded before it."""
     code = "import sys, server.engine.startup; sys.exit('numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_names_of_presets_need_names_to_be_checked(monkeypatch):
+    startup.check_names()
+    monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", "1")
+    with pytest.raises(StartupRefused, match="unset it, or leave out --calibration-presets"):
+        startup.check_names()

@@ -13,16 +13,19 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 
 from calibrators import registry
 from calibrators.interface import Prompt
 from server import errors
 from server.admission import Admission
+from server.aliases import aliases
+from server.app import ROUTES
 from server.engine.geometry import Geometry
 from server.engine.payload import Payload, Report, Tally
 from server.front_end import FrontEnd
 from server.metrics import Metrics
-from server.routes import calibrators, generate, health
+from server.routes import generate
 
 
 class FakeEngine:
@@ -93,6 +96,14 @@ class FakeEngine:
         yield "data: [DONE]\n\n"
 
 
+class FakeModels:
+    """What vLLM knows of served models."""
+
+    async def show_available_models(self):
+        card = ModelCard(id="m", root="folder", max_model_len=512, permission=[ModelPermission()])
+        return ModelList(data=[card])
+
+
 def chunk(index, finish_reason, text="word"):
     """A chunk as vLLM writes it."""
     choice = {"index": index, "text": text, "finish_reason": finish_reason}
@@ -119,7 +130,7 @@ def make_app(make_facts):
 
     def make(facts=None, more=(), **options):
         app = FastAPI()
-        for module in (generate, calibrators, health):
+        for module in ROUTES:
             app.include_router(module.router)
         app.add_exception_handler(errors.ApiError, errors.handle_api_error)
         app.add_exception_handler(HTTPException, errors.handle_http_exception)
@@ -130,10 +141,13 @@ def make_app(make_facts):
         samples = CollectorRegistry()
         app.state.samples = samples
         app.state.engine_client = SimpleNamespace(errored=False)
+        admission = Admission(offer, facts or make_facts(), "model", **options)
+        app.state.openai_serving_models = FakeModels()
         app.state.trimtab = FrontEnd(
-            Admission(offer, facts or make_facts(), "model", **options),
+            admission,
             Metrics(offer, "0.32.0", "cpu", samples),
             b"secret",
+            aliases(["m"], admission.presets),
         )
         return app
 
