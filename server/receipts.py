@@ -58,7 +58,7 @@ class Receipt:
             admitted.bounds,
             admitted.prefill.policy,
             admitted.shareable,
-            admitted.text_layers,
+            text_layers=admitted.text_layers,
         )
         return {KEY: payload.to_extra_args()}
 

@@ -50,7 +50,7 @@ def ask(toy, facts):
     def make(outputs, **settings):
         model = VHRSettings.model_validate({"layers": [*LAYERS], "alpha": ALPHA} | settings)
         bound = VHR().bind(model, facts)
-        payload = Payload("t-a", (bound,), VHR().prefill(bound), False, LAYERS, outputs)
+        payload = Payload("t-a", (bound,), text_layers=LAYERS, text_outputs=outputs)
         toy.table.add("a", {KEY: payload.to_extra_args()}, Prompt(LENGTH, (IMAGE,)), 0)
         return toy.table.get("a")
 
