@@ -136,12 +136,16 @@ class Prompt:
         query: spans of the last user message's text, without template tokens and images.
         content: spans inside `query`, one for each word that is not a function word, in order;
             words may share a token.
+        extents: each image from its first to its last token, in order. Marks that a model puts
+            between the tokens of an image are inside, and cut the image into several of `images`.
+            Empty where no image has any.
     """
 
     length: int
     images: tuple[Span, ...] = ()
     query: tuple[Span, ...] = ()
     content: tuple[Span, ...] = ()
+    extents: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

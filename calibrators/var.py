@@ -142,7 +142,8 @@ class VAR:
         """Text behind the first image, and generated rows."""
         if not prompt.images:
             return Rows(first=prompt.length)
-        return Rows(first=prompt.images[0].stop, skip=prompt.images[1:])
+        first = (prompt.extents or prompt.images)[0]
+        return Rows(first=first.stop, skip=prompt.images[1:])
 
     def resolve(
         self, bound: Bound, layer: int, facts: ModelFacts, prompt: Prompt, observed: Observed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,18 +22,18 @@ where the tokenizer does not tell."""
 _MARKER = 16
 
 
-def image_spans(placeholders: Mapping[str, Sequence[PlaceholderRange]]) -> tuple[Span, ...]:
-    """The image tokens of a prompt, in order.
+def images_of(placeholders: Mapping[str, Sequence[PlaceholderRange]]) -> Prompt:
+    """A prompt of length 0 with the image tokens of placeholders, in order.
 
-    A placeholder may hold other tokens, such as marks between the rows of an image. They are none
-    of the image, and cut it into several spans.
+    A placeholder may hold other tokens, such as marks between the rows of an image.
     """
-    spans = [
-        Span(start, last + 1)
-        for each in placeholders.get("image", ())
-        for start, last in each.extract_embeds_range()
+    found = sorted(placeholders.get("image", ()), key=lambda each: each.offset)
+    by_image = [
+        [Span(start, last + 1) for start, last in each.extract_embeds_range()] for each in found
     ]
-    return tuple(sorted(spans, key=lambda span: span.start))
+    images = tuple(span for spans in by_image for span in spans)
+    extents = tuple(Span(spans[0].start, spans[-1].stop) for spans in by_image if spans)
+    return Prompt(0, images, extents=() if extents == images else extents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +61,16 @@ def geometry_of(
     """
     tokens = engine_input.get("prompt_token_ids") or ()
     placeholders = engine_input.get("mm_placeholders") or {}
-    images, text = image_spans(placeholders), engine_input.get("prompt") or ""
-    if not words or not images:
-        return Geometry(Prompt(len(tokens), images), words is not None)
+    prompt = replace(images_of(placeholders), length=len(tokens))
+    text = engine_input.get("prompt") or ""
+    if not words or not prompt.images:
+        return Geometry(prompt, words is not None)
     taken = [Span(p.offset, p.offset + p.length) for each in placeholders.values() for p in each]
     places = _places(text, tokens, sorted(taken, key=lambda span: span.start), encode)
     if places is None:
-        return Geometry(Prompt(len(tokens), images))
+        return Geometry(prompt)
     query = _merged(position for part in words for position in places.of(part))
-    return Geometry(Prompt(len(tokens), images, query, _content(text, words, places)), True)
+    return Geometry(replace(prompt, query=query, content=_content(text, words, places)), True)
 
 
 def _content(text: str, words: Sequence[Span], places: _Places) -> tuple[Span, ...]:

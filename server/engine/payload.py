@@ -69,7 +69,7 @@ class Payload:
 
 
 def _listed(prompt: Prompt) -> list[Any]:
-    groups = (prompt.images, prompt.query, prompt.content)
+    groups = (prompt.images, prompt.query, prompt.content, prompt.extents)
     return [prompt.length, *([[span.start, span.stop] for span in group] for group in groups)]
 
 

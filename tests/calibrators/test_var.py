@@ -137,6 +137,8 @@ def test_rows_are_text_behind_the_first_image(facts):
     bound = bind(facts)
     assert METHOD.rows(bound, PROMPT) == Rows(first=8, skip=(Span(10, 13),))
     assert METHOD.rows(bound, Prompt(5)) == Rows(first=5)
+    cut = Prompt(20, (Span(2, 4), Span(5, 7), Span(9, 11)), extents=(Span(2, 7), Span(9, 11)))
+    assert METHOD.rows(bound, cut) == Rows(first=7, skip=(Span(5, 7), Span(9, 11)))
 
 
 def test_pools_are_sinks_in_images_sinks_outside_and_the_other_image_tokens(facts):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,18 +15,33 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from calibrators import reference
 from tests.fixtures import llava
 from tests.integration import vision_cases as cases
 from tests.integration.serving import Server, serving
 from tests.integration.sighted import GIFT, VAR, VHR, DenseLlava, Found, Look, Seen
-from tests.integration.vision_cases import LONG, SHORT, Conversation
+from tests.integration.vision_cases import (
+    DARK,
+    LONG,
+    NEW_TOKENS,
+    NO_CONTENT,
+    SHORT,
+    Conversation,
+)
 
-NEW_TOKENS = 8
 TOLERANCE = 1e-3
 # How near to its bound anything may come, relative to it.
 MARGIN = 2e-5
 STEP = 112
 BLOCK = 32
+ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "block_size": BLOCK,
+    "max_num_batched_tokens": STEP,
+    "max_num_seqs": 16,
+    "kv_cache_memory_bytes": 1 << 28,
+}
 ZERO = {"method": "zerotuning", "gamma": 0.3}
 METHODS = {"var": cases.VAR, "gift": cases.GIFT, "vhr": cases.VHR}
 
@@ -33,13 +51,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return llava.build(tmp_path_factory.mktemp("llava") / "model")
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    flags = ["--served-model-name", "llava", "--dtype", "float32", "--max-model-len", "1024"]
-    flags += ["--block-size", str(BLOCK), "--max-num-batched-tokens", str(STEP)]
-    flags += ["--max-num-seqs", "16", "--kv-cache-memory-bytes", str(1 << 28)]
-    flags += ["--enable-prompt-tokens-details"]
-    with serving(folder.parent / "log", str(folder), *flags) as running:
+    engine = [part for name, value in ENGINE.items() for part in (_flag(name), str(value))]
+    flags = ["--served-model-name", "llava", "--enable-prompt-tokens-details"]
+    with serving(folder.parent / "log", str(folder), *engine, *flags) as running:
         yield running
 
 
@@ -201,11 +221,114 @@ def test_every_setting_in_one_batch_with_others_and_again(
 
 
 def _zerotuning(p: Any) -> Any:
-    from calibrators import reference
-
     return reference.zerotuning(p, torch.tensor(ZERO["gamma"]))
 
 
 def test_chunks_cut_through_an_image(server, dense, processor):
     look = Measured(dense, processor, LONG, ask(server, LONG, None)).look
     assert look.image[STEP - 1] and look.image[STEP]
+
+
+@pytest.mark.parametrize("rows", ["all", "last"])
+def test_weights_are_calibrated_first_and_heads_scaled_last(server, dense, processor, rows):
+    settings = {"var": {"share": 0.9}, "vhr": {"rows": rows, "alpha": 1.5}}
+    # Asked for in the wrong order: the rules say which comes first.
+    wanted = [calibration(name, settings[name]) for name in ("vhr", "var")]
+    measured = Measured(dense, processor, SHORT, ask(server, SHORT, wanted))
+    var, of_var = measured.method("var", settings["var"])
+    vhr, of_vhr = measured.method("vhr", settings["vhr"])
+    assert measured.deviation(lambda seen, p: vhr(seen, var(seen, p))) < TOLERANCE
+    assert min(of_var.margin, of_vhr.margin) > MARGIN
+    first, second = entries(measured.answer)
+    assert (first["method"], second["method"]) == ("var", "vhr")
+    heads = of_vhr.statistics["heads_selected"]
+    assert second["statistics"]["heads_selected"] == heads
+    assert second["heads"] == sum(map(len, heads.values()))
+
+
+@pytest.mark.parametrize(
+    ("conversation", "method", "setting", "reason"),
+    [
+        (DARK, "var", {}, "no image token is an attention sink in any selected layer (tau 20.0)"),
+        (NO_CONTENT, "gift", {}, "the last user message has no content word"),
+    ],
+)
+def test_a_method_with_nothing_to_do_says_so_and_changes_no_bit(
+    server, conversation, method, setting, reason
+):
+    before = server.metric("trimtab_requests_total", calibrator=method, outcome="skipped")
+    one = ask(server, conversation, None, cache_salt=method)
+    for _ in range(2):
+        other = ask(server, conversation, calibration(method, setting))
+        (entry,) = entries(other)
+        assert entry["skipped"].startswith(reason)
+        assert (entry["prompt_tokens"], entry["completion_tokens"]) == (0, 0)
+        assert other["choices"][0]["token_ids"] == one["choices"][0]["token_ids"]
+    if method == "var":  # the same chunks; GIFT has the last token computed by itself
+        first = ask(server, conversation, calibration(method, {**setting, "tau": 19.0}))
+        assert first["prompt_logprobs"] == one["prompt_logprobs"]
+        assert entry["statistics"]["visual_sinks"] == 0 < entry["statistics"]["text_sinks"]
+    after = server.metric("trimtab_requests_total", calibrator=method, outcome="skipped")
+    assert after - before == (3 if method == "var" else 2)
+
+
+@pytest.mark.parametrize("method", ["var", "gift", "vhr"])
+def test_without_an_image_a_vision_method_is_refused(server, method):
+    wanted = calibration(method, {})
+    text = {"messages": [{"role": "user", "content": "What is it?"}], "stream": True}
+    for field, path in ((wanted, "calibration"), ([ZERO, wanted], "calibration[1]")):
+        if isinstance(field, list) and method != "vhr":
+            continue
+        answer = post(server, calibration=field, prompt_logprobs=None, **text)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, path)
+        assert error["code"] == "invalid_calibration"
+        assert "needs an image" in error["message"]
+    with server.client() as client:
+        body = {"prompt": "<image> What is it?", "calibration": wanted}
+        answer = client.post("/v1/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_calibration")
+    assert server.metric("trimtab_active_requests", calibrator=method) == 0
+
+
+@pytest.mark.parametrize("wanted", [None, "gift"])
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://127.0.0.1:9/a.png", "--allowed-media-domains"),
+        ("file:///etc/hostname", "--allowed-local-media-path"),
+        ("data:image/png;base64,AAAA", "none of the formats"),
+    ],
+)
+def test_other_images_are_refused_before_the_engine(server, wanted, url, why):
+    before = server.metric("vllm:prompt_tokens_total")
+    part = {"type": "image_url", "image_url": {"url": url}}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "Hm?"}]}]
+    answer = post(server, messages=messages, calibration=wanted)
+    assert answer.status_code == 400, answer.text
+    assert why in answer.json()["error"]["message"]
+    assert server.metric("vllm:prompt_tokens_total") == before
+
+
+def test_more_images_than_allowed_are_refused(server):
+    many = Conversation((((cases.picture(1, 1),) * 17, "Count."),))
+    answer = post(server, many)
+    assert answer.status_code == 400
+    assert "16 image" in answer.json()["error"]["message"]
+
+
+def test_plain_conversations_are_those_of_an_engine_without_trimtab(server, folder, tmp_path):
+    out = tmp_path / "stock.json"
+    module = "tests.integration.stock_images"
+    command = [sys.executable, "-m", module, str(folder), str(out), json.dumps(ENGINE)]
+    subprocess.run(command, check=True, timeout=300, stdout=subprocess.DEVNULL)
+    for case, stock in zip((SHORT, LONG), json.loads(out.read_text()), strict=True):
+        answer = ask(server, case, None, cache_salt="alone")
+        tokens = answer["prompt_token_ids"][1:]
+        prompt = [
+            entry[str(token)]["logprob"]
+            for token, entry in zip(tokens, answer["prompt_logprobs"][1:], strict=True)
+        ]
+        made = [entry["logprob"] for entry in answer["choices"][0]["logprobs"]["content"]]
+        ours = {"tokens": answer["choices"][0]["token_ids"], "prompt": prompt, "made": made}
+        assert ours == stock

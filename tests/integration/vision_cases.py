@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.fixtures.llava import IMAGE_SIZE, PATCH
 from tests.integration.sighted import Look
 
+NEW_TOKENS = 8
 VAR: list[dict[str, Any]] = [
     {},
     {"tau": 12.0, "rho": 0.9},
@@ -140,4 +141,4 @@ DARK = Conversation(
     (((picture(5, 0),), "Is there any trademark in it?"),),
     ("trademark",),
 )
-EMPTY_WORDS = Conversation((((picture(6, 2),), "Who is it?"),), ())
+NO_CONTENT = Conversation((((picture(6, 2),), "Who is it?"),), ())

@@ -6,7 +6,7 @@ import torch
 from vllm.multimodal.inputs import PlaceholderRange
 
 from calibrators.interface import Prompt, Span
-from server.engine.geometry import Geometry, geometry_of, image_spans
+from server.engine.geometry import Geometry, geometry_of, images_of
 
 IMAGE = 900
 
@@ -67,8 +67,14 @@ def test_text_around_several_images(special, size):
 def test_an_image_with_marks_in_it_is_several_spans():
     mask = torch.tensor([False, True, True, False, True, True, False])
     ranges = [PlaceholderRange(20, 3), PlaceholderRange(2, 7, is_embed=mask)]
-    spans = image_spans({"image": ranges, "audio": [PlaceholderRange(40, 2)]})
-    assert spans == (Span(3, 5), Span(6, 8), Span(20, 23))
+    found = images_of({"image": ranges, "audio": [PlaceholderRange(40, 2)]})
+    assert found.images == (Span(3, 5), Span(6, 8), Span(20, 23))
+    assert found.extents == (Span(3, 8), Span(20, 23))
+
+
+def test_images_without_marks_are_their_own_extents():
+    found = images_of({"image": [PlaceholderRange(9, 2), PlaceholderRange(2, 3)]})
+    assert (found.images, found.extents) == ((Span(2, 5), Span(9, 11)), ())
 
 
 def test_tokens_in_a_placeholder_are_no_question():

@@ -10,7 +10,8 @@ TALLIES = [
     Tally(5, 2, {"key0_mass_before": 0.25}, 7, {"sinks": 3.0}, {"sinks": 2}, cached=4),
     Tally(heads=3, details={"heads_selected": {"1": [0, 2]}}, skipped="no sink"),
 ]
-PROMPT = Prompt(40, (Span(2, 9), Span(11, 12)), (Span(20, 30),), (Span(21, 23), Span(22, 24)))
+IMAGES = Span(2, 9), Span(11, 12)
+PROMPT = Prompt(40, IMAGES, (Span(20, 30),), (Span(21, 23), Span(22, 24)), (Span(2, 12),))
 
 
 @pytest.mark.parametrize("prompt", [None, Prompt(3), PROMPT], ids=["none", "bare", "full"])
