@@ -22,6 +22,24 @@ def across_heads(calibrator: Calibrator) -> bool:
     return bool(getattr(calibrator, "across_heads", False))
 
 
+def chooses_heads(calibrator: Calibrator) -> bool:
+    """Whether a method chooses its heads for each request, from what it observes.
+
+    Declared by `chooses_heads: ClassVar[bool] = True`. `Bound.heads` then is the number of heads it
+    chooses from, and the receipt's `heads` the number that its plans select in all layers.
+    """
+    return bool(getattr(calibrator, "chooses_heads", False))
+
+
+def reads_query(calibrator: Calibrator) -> bool:
+    """Whether a method looks at the text of the last user message, `Prompt.query` and its words.
+
+    Declared by `reads_query: ClassVar[bool] = True`. Where that text cannot be found in a prompt,
+    a request for such a method is refused.
+    """
+    return bool(getattr(calibrator, "reads_query", False))
+
+
 def alternatives(calibrator: Calibrator) -> Sequence[Sequence[str]]:
     """Groups of parameters of which a request gives one at most.
 

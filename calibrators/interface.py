@@ -134,13 +134,18 @@ class Prompt:
         length: number of prompt tokens `P`.
         images: spans of image tokens, in order.
         query: spans of the last user message's text, without template tokens and images.
-        content: positions inside `query` of words that are not function words.
+        content: spans inside `query`, one for each word that is not a function word, in order;
+            words may share a token.
+        extents: each image from its first to its last token, in order. Marks that a model puts
+            between the tokens of an image are inside, and cut the image into several of `images`.
+            Empty where no image has any.
     """
 
     length: int
     images: tuple[Span, ...] = ()
     query: tuple[Span, ...] = ()
-    content: tuple[int, ...] = ()
+    content: tuple[Span, ...] = ()
+    extents: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +203,7 @@ class LayerPlan:
         pools: one pool per name in `Calibrator.pools`, disjoint.
         generated_pools: the pools of generated rows, where they differ from those of the prompt.
         statistics: numbers this layer adds to the receipt, averaged over layers.
+        details: what the receipt shows among its statistics as `{name: {layer: value}}`.
     """
 
     heads: BoolArray
@@ -205,6 +211,24 @@ class LayerPlan:
     pools: tuple[Pool, ...] = ()
     generated_pools: tuple[Pool, ...] | None = None
     statistics: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A layer in which a method has nothing to do for a prompt: its documented skip, no failure.
+
+    Where every selected layer ends like this and no row was rewritten, the receipt's `skipped` is
+    the reason. More of the prompt may turn a skip into a plan, and the layer is resolved again.
+
+    Attributes:
+        reason: a sentence without a full stop, the same for all layers.
+        plan: what is measured all the same, for the sake of statistics; its coefficients apply to
+            no row. None leaves the layer alone.
+    """
+
+    reason: str
+    plan: LayerPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +261,10 @@ class Coefficients:
         scale: `[rows, query_heads]`, the head scale; None for 1.
         apply: bool `[rows, query_heads]`; False leaves the stock output untouched to the bit.
             None applies everywhere the plan's heads allow.
-        statistics: `[rows, query_heads]` each, averaged over selected heads, rows and layers
-            into the receipt.
+        eligible: bool `[rows, query_heads]`, what `statistics` are averaged over, among the plan's
+            heads. None for what is rewritten. Only rows that are rewritten count as calibrated.
+        statistics: `[rows, query_heads]` each, averaged over heads, rows and layers into the
+            receipt.
     """
 
     rest: torch.Tensor
@@ -246,6 +272,7 @@ class Coefficients:
     weighted: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     apply: torch.Tensor | None = None
+    eligible: torch.Tensor | None = None
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -317,10 +344,12 @@ class Calibrator(Protocol):
 
     def resolve(
         self, bound: Bound, layer: int, facts: ModelFacts, prompt: Prompt, observed: Observed
-    ) -> LayerPlan | None:
+    ) -> LayerPlan | Skip | None:
         """Pools, heads and parameters in one layer; None where the layer is left alone.
 
-        `observed` has what `observe` named in this layer, and all blocks of probabilities.
+        A `Skip` says, besides, that the method has nothing to do for this prompt in a layer that
+        was selected. `observed` has what `observe` named in this layer, and all blocks of
+        probabilities.
         """
         ...
 

@@ -134,3 +134,121 @@ def residual_peaks(stream: Tensor, channels: Tensor) -> Tensor:
         channels: int64 `[n]`, at least one.
     """
     return stream[:, channels].abs().amax(-1) / (stream.pow(2).mean(-1) + 1e-6).sqrt()
+
+
+def var_selected(
+    probability: Tensor, images: Tensor, sinks: Tensor, rho: float, min_visual_mass: float
+) -> Tensor:
+    """Which rows and heads VAR changes; bool `[rows, query_heads]`.
+
+    Args:
+        probability: of text rows behind an image alone.
+        images: bool `[keys]`, image tokens.
+        sinks: bool `[keys]`, sinks of the layer, in images and outside.
+        rho: least share of the attention to images that is not on sinks.
+        min_visual_mass: least attention to images.
+    """
+    seen = probability[..., images].sum(-1)
+    on_sinks = probability[..., images & sinks].sum(-1)
+    besides = seen - on_sinks
+    looking = (on_sinks > 0) & (seen >= min_visual_mass) & (besides > 0)
+    return looking & (1 - on_sinks / torch.where(seen > 0, seen, 1) >= rho)
+
+
+def var(
+    probability: Tensor,
+    images: Tensor,
+    sinks: Tensor,
+    share: float,
+    rho: float,
+    min_visual_mass: float,
+) -> Tensor:
+    """VAR on probabilities: `share` of the sinks' mass goes to image tokens that are none.
+
+    Args as of `var_selected`.
+    """
+    others = images & ~sinks
+    taken = share * probability[..., sinks].sum(-1, keepdim=True)
+    present = probability[..., others].sum(-1, keepdim=True)
+    moved = probability.clone()
+    moved[..., sinks] *= 1 - share
+    moved[..., others] *= 1 + taken / torch.where(present > 0, present, 1)
+    selected = var_selected(probability, images, sinks, rho, min_visual_mass)
+    return torch.where(selected[..., None], moved, probability)
+
+
+def upper_half(values: Tensor) -> Tensor:
+    """The heads with the greatest values, half of them rounded down but one at least; bool.
+
+    A head is in where fewer than so many come before it: those with more, and those of a lower
+    index with as much. `values` is `[..., query_heads]`.
+    """
+    heads = values.shape[-1]
+    mine, others = values[..., :, None], values[..., None, :]
+    lower = torch.ones(heads, heads, dtype=torch.bool).tril(-1)
+    before = (others > mine) | ((others == mine) & lower)
+    return before.sum(-1) < max(heads // 2, 1)
+
+
+def gift_saliency(probability: Tensor, content: Sequence[int], images: Tensor) -> Tensor | None:
+    """GIFT's map over image tokens, in [0, 1]; None where it is the same everywhere.
+
+    Args:
+        probability: `[P, query_heads, P]` of the saliency layer, rows in order.
+        content: rows of content words.
+        images: bool `[P]`.
+    """
+    rows = [probability[i][:, images] - probability[i - 1][:, images] for i in content]
+    growth = torch.stack(rows, 1).clamp(min=0)
+    chosen = upper_half(growth.sum((1, 2)))
+    gaze = growth[chosen].mean((0, 1))
+    if gaze.numel() < 2:
+        return None
+    centre, limit = gaze.mean(), 3 * gaze.std(unbiased=True)
+    gaze = gaze.clamp(centre - limit, centre + limit)
+    if gaze.max() == gaze.min():
+        return None
+    return (gaze - gaze.min()) / (gaze.max() - gaze.min())
+
+
+def gift(
+    probability: Tensor, images: Tensor, weights: Tensor, query: Tensor, beta: float
+) -> Tensor:
+    """GIFT on probabilities of the last prompt row and later ones.
+
+    A row that sees no image token is unchanged, and so is one that would be divided by next to
+    nothing.
+
+    Args:
+        probability: `[rows, query_heads, keys]`.
+        images: bool `[keys]`.
+        weights: `w_j` `[keys]`, read at image tokens.
+        query: bool `[keys]`, text of the last user message.
+        beta: factor on the enhancement of the query.
+    """
+    visual = probability[..., images].sum(-1)
+    enhanced = (probability * weights)[..., images].sum(-1)
+    looking, reading = upper_half(visual), upper_half(probability[..., query].sum(-1))
+    before = torch.where(looking, visual, 0).sum(-1, keepdim=True)
+    after = torch.where(looking, enhanced, 0).sum(-1, keepdim=True)
+    r = beta * after / torch.where(before > 0, before, 1)
+    weighted = torch.where(looking[..., None] & images, probability * weights, probability)
+    weighted = torch.where(reading[..., None] & query, probability * r[..., None], weighted)
+    total = weighted.sum(-1, keepdim=True)
+    kept = (before == 0)[..., None] | (total < 1e-6)
+    return torch.where(kept, probability, weighted / torch.where(kept, 1, total))
+
+
+def vhr_heads(with_images: Tensor, without_images: Tensor) -> Tensor:
+    """The heads that VHR reinforces; bool `[query_heads]`.
+
+    Args:
+        with_images: `[query_heads, head_dim]`, outputs of the last prompt row.
+        without_images: the same of the prompt without its image tokens.
+    """
+    divergence = (with_images - without_images).norm(dim=-1)
+    strength = without_images.norm(dim=-1) ** 2
+    far = divergence > divergence.mean() + divergence.std(unbiased=False)
+    strong = strength > strength.mean() + strength.std(unbiased=False)
+    divergence = torch.where(far & strong, 0, divergence)
+    return divergence > divergence.median()

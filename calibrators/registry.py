@@ -15,7 +15,7 @@ from calibrators.interface import Calibrator
 from calibrators.settings import CalibrationSettings
 
 GROUP = "trimtab.calibrators"
-BUILT_IN = ("zerotuning", "act")
+BUILT_IN = ("zerotuning", "act", "var", "gift", "vhr")
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
 
@@ -49,8 +49,9 @@ class Registry(Mapping[str, Calibrator]):
                 f"the name {calibrator.name!r} of {origin} is taken by "
                 f"{other.__module__}.{other.__qualname__}"
             )
-        if not isinstance(getattr(calibrator, "across_heads", False), bool):
-            raise RegistryError(f"{origin}.across_heads must be True or False, or left out")
+        for declared in ("across_heads", "chooses_heads", "reads_query"):
+            if not isinstance(getattr(calibrator, declared, False), bool):
+                raise RegistryError(f"{origin}.{declared} must be True or False, or left out")
         _check_settings(calibrator, origin)
         self._calibrators[calibrator.name] = calibrator
 

@@ -73,13 +73,23 @@ def select(layers: Layers, heads: Heads, facts: ModelFacts) -> Selection:
         CalibrationError: on `layers` or `heads`, where the model has not got one of them or
             `heads` names a layer that `layers` leaves out.
     """
-    chosen = list(range(facts.layers)) if layers == "all" else list(layers)
-    check_range("layers", chosen, facts.layers, "layers")
+    chosen = select_layers(layers, facts)
     if isinstance(heads, Mapping):
         return _select_by_layer(chosen, heads, facts)
     shared = list(range(facts.query_heads)) if heads == "all" else list(heads)
     check_range("heads", shared, facts.query_heads, "query heads")
     return {layer: tuple(shared) for layer in chosen}
+
+
+def select_layers(layers: Layers, facts: ModelFacts) -> list[int]:
+    """The chosen layers, ascending.
+
+    Raises:
+        CalibrationError: on `layers`, where the model has not got one of them.
+    """
+    chosen = list(range(facts.layers)) if layers == "all" else list(layers)
+    check_range("layers", chosen, facts.layers, "layers")
+    return chosen
 
 
 def _select_by_layer(
@@ -97,10 +107,10 @@ def _select_by_layer(
 
 
 def check_range(param: str, indices: Iterable[int], limit: int, noun: str) -> None:
-    """Refuse indices of layers or heads that the model has not got.
+    """Refuse indices that are not below `limit`, the number of `noun` of the model.
 
     Raises:
-        CalibrationError: on `param`, for the first index that is not below `limit`.
+        CalibrationError: on `param`, for the first of them.
     """
     for index in indices:
         if index >= limit:
@@ -116,15 +126,28 @@ def normal_form(selection: Selection, facts: ModelFacts) -> dict[str, Json]:
     layers = sorted(selection)
     everywhere = set(selection.values())
     return {
-        "layers": "all" if len(layers) == facts.layers else [*layers],
+        "layers": layers_form(layers, facts),
         "heads": _shared_heads(selection[layers[0]], facts)
         if len(everywhere) == 1
         else {str(layer): [*selection[layer]] for layer in layers},
     }
 
 
+def layers_form(layers: Sequence[int], facts: ModelFacts) -> Json:
+    """Ascending layers as `normal_form` has them."""
+    return "all" if len(layers) == facts.layers else [*layers]
+
+
 def _shared_heads(heads: tuple[int, ...], facts: ModelFacts) -> Json:
     return "all" if len(heads) == facts.query_heads else [*heads]
+
+
+def selected_layers(params: Mapping[str, Json], facts: ModelFacts) -> list[int]:
+    """Layers that `layers_form` or `normal_form` holds, ascending."""
+    layers = params["layers"]
+    if not isinstance(layers, list):
+        return list(range(facts.layers))
+    return [layer for layer in layers if isinstance(layer, int)]
 
 
 def selected_heads(params: Mapping[str, Json], layer: int, facts: ModelFacts) -> list[int]:

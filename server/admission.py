@@ -17,7 +17,6 @@ from calibrators.interface import (
     Bound,
     CalibrationError,
     Calibrator,
-    HeadOutputs,
     ModelFacts,
     Prefill,
     Prompt,
@@ -28,6 +27,7 @@ from calibrators.settings import CalibrationSettings
 from server.admitted import Admitted as Admitted
 from server.admitted import PrefillRule, strictest
 from server.engine.facts import StepLimit
+from server.engine.text_pass import text_layers
 from server.presets import Preset, PresetError
 from server.refusals import FIELD as FIELD
 from server.refusals import REASONS as REASONS
@@ -111,7 +111,9 @@ class Admission:
             PrefillRule(calibrator.prefill(bound), path, calibrator.name, calibrator.title)
             for (calibrator, bound), (_, path) in zip(pairs, entries, strict=True)
         )
-        pairs.sort(key=lambda pair: not pair[0].reweights)
+        paths = [path for _, path in entries]
+        placed = sorted(zip(pairs, paths, strict=True), key=lambda each: not each[0][0].reweights)
+        pairs = [pair for pair, _ in placed]
         canonical = canonical_json([(b, c.revision) for c, b in pairs], self._model)
         causal = all(calibrator.causal for calibrator, _ in pairs)
         return Admitted(
@@ -121,6 +123,9 @@ class Admission:
             # Where the cut depends on the prompt's end, so does what the rows before it hold.
             causal and rule.policy is Prefill.ANY,
             rule,
+            text_layers(pairs),
+            tuple(path for _, path in placed),
+            any(calibrator.modality == "vision" for calibrator, _ in pairs),
         )
 
     def check_prompt(self, admitted: Admitted, length: int) -> None:
@@ -258,9 +263,7 @@ class Admission:
             return None
         prefill = calibrator.prefill(bound)
         peaks = any(isinstance(observation, ResidualPeaks) for observation in observations)
-        if any(isinstance(each, HeadOutputs) and each.without_images for each in observations):
-            reason = "needs observations that this version of the engine does not provide"
-        elif not all(prefill in observation.prefills for observation in observations):
+        if not all(prefill in observation.prefills for observation in observations):
             reason = "observes what is not known in time with the prompt cut as it asks"
         elif peaks and not calibrator.touches_prompt_kv:
             reason = "observes the residual stream of prompts whose cached KV it shares with others"

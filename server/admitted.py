@@ -34,6 +34,9 @@ class Admitted:
         touches_prompt_kv: cached KV is shared only between equal digests.
         shareable: cached KV may be shared at all.
         prefill: the strictest of its calibrations' rules.
+        text_layers: layers in which the prompt has to be seen without its images first.
+        paths: where in the request each of `bounds` was asked for.
+        vision: any of them needs an image.
     """
 
     bounds: tuple[Bound, ...]
@@ -41,6 +44,9 @@ class Admitted:
     touches_prompt_kv: bool
     shareable: bool
     prefill: PrefillRule = PrefillRule()
+    text_layers: tuple[int, ...] = ()
+    paths: tuple[str, ...] = ()
+    vision: bool = False
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -19,8 +19,9 @@ from starlette.responses import Response
 from vllm.platforms import current_platform
 
 from server import errors
-from server.engine import startup
+from server.engine import media, startup, wording
 from server.engine.facts import counts_for_all
+from server.engine.preludes import precede
 from server.engine.prompts import inspect
 from server.engine.reports import listen, on_shutdown
 from server.front_end import FrontEnd
@@ -49,6 +50,7 @@ class TrimtabEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Lay our routes over vLLM's."""
         self._app = app
+        media.register()
         for module in ROUTES:
             app.include_router(module.router)
         guard(app, app.state.args, Settings.from_args(app.state.args))
@@ -68,9 +70,11 @@ class TrimtabEndpoint:
         names = args.served_model_name or [args.model]
         front_end = build_front_end(engine_client, settings, names)
         state.trimtab = front_end
+        precede(engine_client, front_end.preludes)
+        wording.look_for(engine_client)
         inspect(engine_client, front_end.check_prompt)
         listen(engine_client, front_end.report)
-        on_shutdown(engine_client, lambda: setattr(front_end, "draining", True))
+        on_shutdown(engine_client, front_end.drain)
         handle_errors(self._app)
         enclose(self._app, args, settings)
 

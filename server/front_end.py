@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 
 from server.admission import Admission, Admitted
 from server.aliases import Alias
+from server.engine.geometry import Geometry
 from server.engine.payload import Report
+from server.engine.preludes import Preludes
 from server.metrics import Metrics
 from server.middleware.keys import TENANT
 from server.receipts import Receipt, ReceiptDesk
+from server.vision import check_images
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -29,6 +32,7 @@ class FrontEnd:
         salt_key: secret of cache salts, the same in all API servers of an engine.
         aliases: model names that stand for a preset.
         desk: open receipts.
+        preludes: text passes that run, and requests that wait for theirs.
         draining: set when shutdown has begun.
         capacity: requests served at once, running and queued; more are refused.
     """
@@ -38,6 +42,7 @@ class FrontEnd:
     salt_key: bytes
     aliases: Mapping[str, Alias] = field(default_factory=dict)
     desk: ReceiptDesk = field(default_factory=ReceiptDesk)
+    preludes: Preludes = field(default_factory=Preludes)
     draining: bool = False
     capacity: int = sys.maxsize
 
@@ -57,19 +62,21 @@ class FrontEnd:
         self.desk.close(receipt)
         self.metrics.withdrawn(receipt)
 
-    def check_prompt(self, ticket: str, length: int) -> None:
+    def check_prompt(self, ticket: str, geometry: Geometry) -> None:
         """See a prompt, tokenised, before the engine does.
 
         Raises:
-            Refusal: the calibration it asks for cannot take a prompt of this length.
+            Refusal: the calibration it asks for cannot take such a prompt.
         """
         receipt = self.desk.get(ticket)
         if receipt is not None:
-            self.admission.check_prompt(receipt.admitted, length)
+            check_images(self.admission.calibrators, receipt.admitted, geometry)
+            self.admission.check_prompt(receipt.admitted, geometry.prompt.length)
 
     def report(self, report: Report, choice: int) -> None:
         """A report came from the engine, `choice` counted within its prompt."""
-        self.desk.record(report, choice)
+        if not self.preludes.take(report):
+            self.desk.record(report, choice)
         self.metrics.stepped(report)
 
     def cache_salt(
@@ -77,6 +84,11 @@ class FrontEnd:
     ) -> str | None:
         """Cache salt of a calibrated request; different for every API key."""
         return admitted.cache_salt(self.salt_key, _tenant(raw_request), user_salt)
+
+    def drain(self, seconds: float) -> None:
+        """Shutdown has begun: nothing new is let in, and what is has to reach the engine."""
+        self.draining = True
+        self.preludes.wait(seconds)
 
 
 def _tenant(raw_request: Request) -> str:

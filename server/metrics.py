@@ -55,7 +55,7 @@ class Metrics:
         device: str,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
-        names = tuple(calibrators)
+        names = self._names = tuple(calibrators)
         self._requests = Counter(
             "trimtab_requests",
             "Requests that asked for a calibration, by calibrator and outcome.",
@@ -131,13 +131,15 @@ class Metrics:
         """A calibrated request ended, answered in full or not."""
         for bound, tally in receipt.totals():
             self._active.labels(bound.method).dec()
-            self._requests.labels(bound.method, "applied" if answered else "failed").inc()
+            outcome = "skipped" if tally.skip else "applied"
+            self._requests.labels(bound.method, outcome if answered else "failed").inc()
             self._count(bound.method, tally)
 
     def stepped(self, report: Report) -> None:
-        """A step was calibrated."""
+        """A step was calibrated; a text pass in it is part of no calibrator's time."""
         for method, seconds in (report.seconds or {}).items():
-            self._seconds.labels(method).observe(seconds)
+            if method in self._names:
+                self._seconds.labels(method).observe(seconds)
 
     def _count(self, method: str, tally: Tally) -> None:
         self._tokens.labels(method, "prompt").inc(tally.prompt_tokens)

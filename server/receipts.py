@@ -53,7 +53,13 @@ class Receipt:
         ticket = f"{self._id}-{len(self._tickets)}"
         self._tickets.append(ticket)
         admitted = self.admitted
-        payload = Payload(ticket, admitted.bounds, admitted.prefill.policy, admitted.shareable)
+        payload = Payload(
+            ticket,
+            admitted.bounds,
+            admitted.prefill.policy,
+            admitted.shareable,
+            text_layers=admitted.text_layers,
+        )
         return {KEY: payload.to_extra_args()}
 
     def record(self, report: Report, choice: int) -> None:
@@ -93,28 +99,41 @@ class Receipt:
             "params": dict(bound.params),
             "profile": bound.profile,
             "layers": bound.layers,
-            "heads": bound.heads,
+            "heads": bound.heads if self._chosen(index) is None else tally.heads,
             **counts(tally),
-            "skipped": None,
         }
         if len(self._tallies) > 1:
             entry["choices"] = [
-                {"index": choice, **counts(self._tallies[choice][index])}
+                self._choice(choice, self._tallies[choice][index])
                 for choice in sorted(self._tallies)
             ]
         return entry
 
+    def _chosen(self, index: int) -> int | None:
+        """Heads chosen for a choice, None where settings alone say which."""
+        return next((tallies[index].heads for tallies in self._tallies.values()), None)
+
+    def _choice(self, choice: int, tally: Tally) -> dict[str, Any]:
+        heads = {} if tally.heads is None else {"heads": tally.heads}
+        return {"index": choice, **heads, **counts(tally)}
+
 
 def total(tallies: Iterable[Tally]) -> Tally:
-    """Sum of tallies."""
+    """Tallies as one: sums, and what all have in common of what cannot be added."""
+    parts = [*tallies]
     result = Tally()
-    for tally in tallies:
-        result.prompt_tokens += tally.prompt_tokens
+    for tally in parts:
+        result.prompt_tokens += 0 if tally.skip else tally.prompt_tokens
         result.completion_tokens += tally.completion_tokens
         result.count += tally.count
         _add(result.sums, tally.sums)
         _add(result.layer_sums, tally.layer_sums)
         _add(result.layer_counts, tally.layer_counts)
+    if parts:
+        first = parts[0]
+        result.skipped = first.skip if all(tally.skip for tally in parts) else None
+        result.heads = first.heads if all(t.heads == first.heads for t in parts) else None
+        result.details = first.details if all(t.details == first.details for t in parts) else {}
     return result
 
 
@@ -133,11 +152,12 @@ def statistics(tally: Tally) -> Mapping[str, float]:
 
 
 def counts(tally: Tally) -> dict[str, Any]:
-    """Counts and statistics as a receipt shows them."""
+    """Counts, statistics and the reason of a skip as a receipt shows them."""
     return {
-        "prompt_tokens": tally.prompt_tokens,
+        "prompt_tokens": 0 if tally.skip else tally.prompt_tokens,
         "completion_tokens": tally.completion_tokens,
-        "statistics": statistics(tally),
+        "statistics": {**statistics(tally), **tally.details},
+        "skipped": tally.skip,
     }
 
 

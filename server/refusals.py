@@ -51,6 +51,7 @@ REASONS = (
     "unsupported_model",
     "combination",
     "unsupported_feature",
+    "no_image",
 )
 
 

@@ -20,6 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from calibrators import registry
 from server import __version__, keys, models
 from server.engine import startup
+from server.engine.media import MAX_IMAGES, set_defaults
 from server.engine.payload import KEY
 from server.offer import offer
 from server.settings import Settings, add_flags, share_salt_key
@@ -106,6 +107,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         model=models.DEFAULT_MODEL,
         shutdown_timeout=SHUTDOWN_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,
+        limit_mm_per_prompt={"image": MAX_IMAGES},
     )
     if current_platform.is_cpu():
         # Compiling takes a minute and gains a tenth; see docs/decisions.md.
@@ -145,6 +147,7 @@ def switch_on(args: Namespace, settings: Settings) -> None:
     names = plugins.split(",") if plugins is not None else _general_plugins()
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "trimtab"]))
     share_salt_key()
+    set_defaults(os.environ)
 
 
 def _general_plugins() -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from calibrators.interface import Bound, Prefill
+from calibrators.interface import Bound, Prefill, Prompt, Span
 
 KEY = "trimtab"
 
@@ -26,12 +26,18 @@ class Payload:
         calibrations: bound and in the order they are applied.
         prefill: how the prompt may be cut into steps.
         shareable: cached KV of other requests may be used.
+        text_layers: layers in which the prompt has to be seen without its images first.
+        text_outputs: what was seen then, by layer; made and read by `text_pass`.
+        prompt: where its images and words are; None where nobody needs to know.
     """
 
     ticket: str
     calibrations: tuple[Bound, ...]
     prefill: Prefill = Prefill.ANY
     shareable: bool = True
+    text_layers: tuple[int, ...] = ()
+    text_outputs: Mapping[str, str] = field(default_factory=dict)
+    prompt: Prompt | None = None
 
     def to_extra_args(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -40,6 +46,9 @@ class Payload:
             "calibrations": [asdict(bound) for bound in self.calibrations],
             "prefill": self.prefill.value,
             "shareable": self.shareable,
+            "text_layers": [*self.text_layers],
+            "text_outputs": {**self.text_outputs},
+            "prompt": None if self.prompt is None else _listed(self.prompt),
         }
 
     @classmethod
@@ -53,7 +62,19 @@ class Payload:
             tuple(Bound(**bound) for bound in entry["calibrations"]),
             Prefill(entry["prefill"]),
             entry["shareable"],
+            tuple(entry["text_layers"]),
+            entry["text_outputs"],
+            None if entry["prompt"] is None else _prompt(*entry["prompt"]),
         )
+
+
+def _listed(prompt: Prompt) -> list[Any]:
+    groups = (prompt.images, prompt.query, prompt.content, prompt.extents)
+    return [prompt.length, *([[span.start, span.stop] for span in group] for group in groups)]
+
+
+def _prompt(length: int, *groups: Sequence[Sequence[int]]) -> Prompt:
+    return Prompt(length, *(tuple(Span(*span) for span in group) for group in groups))
 
 
 @dataclass(slots=True)
@@ -69,6 +90,10 @@ class Tally:
         count: number of calibrated (layer, head, row) in `sums`.
         layer_sums: per statistic of the layers' plans, the sum over layers that have it.
         layer_counts: number of layers in each of `layer_sums`.
+        cached: those of `prompt_tokens` whose KV came out of the prefix cache.
+        heads: (layer, head) pairs chosen for this request; None where settings alone say which.
+        details: of the layers' plans, by name and layer.
+        skipped: why the method has nothing to do in any layer resolved so far.
     """
 
     prompt_tokens: int = 0
@@ -77,6 +102,19 @@ class Tally:
     count: int = 0
     layer_sums: dict[str, float] = field(default_factory=dict)
     layer_counts: dict[str, int] = field(default_factory=dict)
+    cached: int = 0
+    heads: int | None = None
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: str | None = None
+
+    @property
+    def skip(self) -> str | None:
+        """Why nothing was done, None where anything was.
+
+        Where nothing is to be done in the whole prompt, nothing was in what the cache has of it.
+        """
+        rewritten = self.completion_tokens or self.prompt_tokens > self.cached
+        return None if rewritten else self.skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +143,10 @@ class Report:
                 t.count,
                 {**t.layer_sums},
                 {**t.layer_counts},
+                t.cached,
+                t.heads,
+                {name: {**by_layer} for name, by_layer in t.details.items()},
+                t.skipped,
             )
             for t in self.tallies
         ]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from calibrators.capabilities import across_heads
+from calibrators.capabilities import across_heads, chooses_heads
 from calibrators.interface import (
     Bound,
     Calibrator,
@@ -18,7 +18,9 @@ from calibrators.interface import (
     ModelFacts,
     Observed,
     Prompt,
+    Skip,
 )
+from server.engine.outcomes import Outcomes
 from server.engine.payload import Tally
 from server.engine.pools import LayerPools
 from server.engine.taps.making import make_taps
@@ -66,6 +68,7 @@ class Program:
         facts: ModelFacts,
         shard: HeadShard,
         peaks: PeakTable,
+        text_outputs: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.calibrator = calibrator
         self.prompt = prompt
@@ -75,7 +78,8 @@ class Program:
         shape = facts.layers, shard.stop - shard.start
         self.prefill = calibrator.prefill(bound)
         self.rows = calibrator.rows(bound, prompt)
-        self.taps = make_taps(calibrator, bound, prompt, self.rows, facts, self.own, peaks)
+        asked = calibrator, bound, prompt, self.rows
+        self.taps = make_taps(*asked, facts, self.own, peaks, text_outputs)
         self.observed = frozenset(tap.layer for tap in self.taps)
         if not all(tap.local for tap in self.taps):
             self.observed = frozenset(range(facts.layers))
@@ -86,7 +90,7 @@ class Program:
         self.pools = [LayerPools.none(len(calibrator.pools))] * facts.layers
         self.tally = Tally()
         self.abandoned = False
-        self._statistics: dict[int, Mapping[str, float]] = {}
+        self._outcomes = Outcomes(self.tally, chooses_heads=chooses_heads(calibrator))
         for layer in range(facts.layers):
             if layer not in self.observed:
                 self.resolve(layer, {})
@@ -98,17 +102,18 @@ class Program:
             Exception: whatever the calibrator raises, or its plan does not fit; the layer stays as
                 it was.
         """
-        plan = self.calibrator.resolve(self._bound, layer, self._facts, self.prompt, observed)
+        found = self.calibrator.resolve(self._bound, layer, self._facts, self.prompt, observed)
+        plan = found.plan if isinstance(found, Skip) else found
         count = len(self.calibrator.pools)
         if plan is None:
             self.heads[layer] = self.active[layer] = False
             self.pools[layer] = LayerPools.none(count)
-            self._count(layer, {})
+            self._outcomes.note(layer, found)
             return self
         pools = LayerPools.of(plan, count, self._facts.query_heads, self.own)
         heads = self._part(plan.heads, self.own).astype(np.bool_)
         parameters = self._known_parameters(plan)
-        self._count(layer, plan.statistics)
+        self._outcomes.note(layer, found)
         self.heads[layer], self.pools[layer] = heads, pools
         self.active[layer] = plan.heads[self._known].any()
         for name, values in parameters.items():
@@ -119,22 +124,6 @@ class Program:
         """Leave every layer alone from now on."""
         self.abandoned = True
         self.heads[:] = self.active[:] = False
-
-    def _count(self, layer: int, statistics: Mapping[str, float]) -> None:
-        """Statistics of a layer's plan, in place of those it had."""
-        numbers = {name: float(value) for name, value in statistics.items()}
-        if not all(math.isfinite(value) for value in numbers.values()):
-            raise ValueError("a statistic of a plan is not finite")
-        if not numbers and layer not in self._statistics:
-            return
-        self._statistics[layer] = numbers
-        sums, counts = self.tally.layer_sums, self.tally.layer_counts
-        sums.clear()
-        counts.clear()
-        for each in self._statistics.values():
-            for name, value in each.items():
-                sums[name] = sums.get(name, 0.0) + value
-                counts[name] = counts.get(name, 0) + 1
 
     def _known_parameters(self, plan: LayerPlan) -> Mapping[str, FloatArray]:
         given, names = plan.parameters, self.calibrator.parameters

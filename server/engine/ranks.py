@@ -29,7 +29,7 @@ class Share:
     Attributes:
         done: bool `[rows]`, calibrated in at least one layer and head, and not counted before.
         finite: bool `[rows]`, False where a result was not finite.
-        count: float64 `[requests]`, calibrated (layer, head, row).
+        count: float64 `[requests]`, (layer, head, row) that statistics are over.
         sums: float64 `[requests]` per statistic; a rank without a calibrated head has none.
     """
 

@@ -40,8 +40,10 @@ def _without(params: dict[str, Any]) -> dict[str, Any] | None:
     return {key: value for key, value in params.items() if key != KEY} or None
 
 
-def on_shutdown(engine_client: EngineClient, callback: Callable[[], None]) -> None:
-    """Call `callback` when the server begins to shut the engine down, before it drains.
+def on_shutdown(engine_client: EngineClient, callback: Callable[[float], None]) -> None:
+    """Call `callback(seconds)` when the server begins to shut the engine down, before it drains.
+
+    What it takes of the seconds that running requests are given is taken off them.
 
     vLLM drains where it stops the engine. One API server of several does not: it would hang up
     on its requests at once, so it waits for them here.
@@ -49,7 +51,10 @@ def on_shutdown(engine_client: EngineClient, callback: Callable[[], None]) -> No
     shutdown = engine_client.shutdown
 
     def announce(*args: Any, timeout: float | None = None, **kwargs: Any) -> Any:  # noqa: ANN401
-        callback()
+        started = time.monotonic()
+        callback(timeout or 0)
+        if timeout is not None:
+            timeout = max(timeout - (time.monotonic() - started), 0)
         if engine_client.engine_core.resources.engine_manager is None:
             _wait_for_requests(engine_client, timeout or 0)
         return shutdown(*args, timeout=timeout, **kwargs)

@@ -14,6 +14,7 @@ from server.engine.guard import attempt
 from server.engine.payload import Payload
 from server.engine.programs import HeadShard, Program
 from server.engine.taps.peaks import PeakTable
+from server.engine.text_pass import NAME, TextPass
 
 if TYPE_CHECKING:
     from calibrators.interface import IntArray
@@ -49,7 +50,7 @@ class RequestTable:
     def __init__(
         self, calibrators: Mapping[str, Calibrator], facts: ModelFacts, shard: HeadShard
     ) -> None:
-        self._calibrators = calibrators
+        self._calibrators = {**calibrators, NAME: TextPass()}
         self._facts = facts
         self._shard = shard
         self._peaks = PeakTable()
@@ -70,23 +71,29 @@ class RequestTable:
         Args:
             request_id: the engine's id.
             extra_args: of its sampling parameters.
-            prompt: geometry of the prompt.
+            prompt: geometry of the prompt, as far as the engine knows it.
             cached: prompt tokens whose KV came out of the prefix cache.
         """
         payload = Payload.from_extra_args(extra_args)
         if payload is None:
             self._requests.pop(request_id, None)
             return
+        length, prompt = prompt.length, payload.prompt or prompt
         made = [
-            attempt(bound.method, partial(self._program, bound, prompt))
+            attempt(bound.method, partial(self._program, bound, prompt, payload.text_outputs))
             for bound in payload.calibrations
         ]
         programs = [program for program in made if program is not None]
         for program in programs:
             skipped = positions(program.rows, 0, min(cached, prompt.length), prompt.length)
-            program.tally.prompt_tokens = len(skipped)
+            program.tally.prompt_tokens = program.tally.cached = len(skipped)
         self._requests[request_id] = CalibratedRequest(
-            payload.ticket, prompt, programs, covered=cached, failed=None in made
+            payload.ticket,
+            prompt,
+            programs,
+            covered=cached,
+            # Of another prompt than the one that came, its images would be elsewhere.
+            failed=None in made or prompt.length != length,
         )
 
     def drop(self, request_ids: Iterable[str]) -> None:
@@ -94,9 +101,10 @@ class RequestTable:
         for request_id in request_ids:
             self._requests.pop(request_id, None)
 
-    def _program(self, bound: Bound, prompt: Prompt) -> Program:
+    def _program(self, bound: Bound, prompt: Prompt, text_outputs: Mapping[str, str]) -> Program:
         calibrator = self._calibrators[bound.method]
-        return Program(calibrator, bound, prompt, self._facts, self._shard, self._peaks)
+        model = self._facts, self._shard
+        return Program(calibrator, bound, prompt, *model, self._peaks, text_outputs)
 
 
 def positions(rows: Rows, start: int, stop: int, prompt_length: int) -> IntArray:

@@ -27,11 +27,13 @@ class Done:
 
     Attributes:
         finite: bool `[rows]`; False where something went wrong and the request must fail.
-        count: int `[rows]`, heads and layers rewritten.
+        rewritten: bool `[rows]`, in at least one head and layer.
+        count: int `[rows]`, heads and layers that statistics are over.
         sums: float `[rows]` by statistic, over what `count` counts.
     """
 
     finite: npt.NDArray[np.bool_]
+    rewritten: npt.NDArray[np.bool_]
     count: npt.NDArray[Any]
     sums: Mapping[str, npt.NDArray[Any]]
 
@@ -121,7 +123,8 @@ class Rescaling:
             f"{self._pool}_mass_before": before.sum(1),
             f"{self._pool}_mass_after": after.sum(1),
         }
-        return Done(finite, count.sum(1), sums)
+        total = count.sum(1)
+        return Done(finite, total > 0, total, sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +133,13 @@ class Change:
 
     Attributes:
         touched: bool `[rows, heads]`, outputs that are rewritten.
+        counted: bool `[rows, heads]`, what statistics are over.
         factors: float32 `[rows, heads, columns]`, head scale included; columns as of `Partials`.
         statistics: float32 `[rows, heads]` each.
     """
 
     touched: Tensor
+    counted: Tensor
     factors: Tensor
     statistics: Mapping[str, Tensor]
 
@@ -204,15 +209,19 @@ class Recombining:
         parameters = {name: table[layer][self._slot] for name, table in tables.items()}
         masses, shape = _masses(mass, pools), mass.shape[:2]
         result = self.calibrator.coefficients(masses, parameters)
-        touched = self.stack.heads[layer][self._slot]
+        heads = self.stack.heads[layer][self._slot]
+        touched = counted = heads
         if result.apply is not None:
-            touched = touched & self._own(result.apply.expand(shape))
+            touched = counted = heads & self._own(result.apply.expand(shape))
+        if result.eligible is not None:
+            counted = heads & self._own(result.eligible.expand(shape))
         factors = _factors(result, masses)
         if result.scale is not None:
             factors = factors * result.scale.float()[..., None]
         statistics = result.statistics.items()
         return Change(
             touched.contiguous(),
+            counted,
             self._own(factors).contiguous(),
             {name: self._own(values.float().expand(shape)) for name, values in statistics},
         )
@@ -223,13 +232,16 @@ class Recombining:
 
     def done(self) -> Done:
         """Add up the layers."""
+        rows = len(self._slot)
         if not self._changes:
-            return Done(self._finite.numpy(), np.zeros(len(self._slot)), {})
+            return Done(self._finite.numpy(), np.zeros(rows, np.bool_), np.zeros(rows), {})
+        counted = torch.stack([change.counted for change in self._changes])
         touched = torch.stack([change.touched for change in self._changes])
-        sums = {name: self._sum(name, touched) for name in self._changes[0].statistics}
-        return Done(self._finite.numpy(), touched.sum((0, 2)).numpy(), sums)
+        sums = {name: self._sum(name, counted) for name in self._changes[0].statistics}
+        rewritten = touched.any(2).any(0).numpy()
+        return Done(self._finite.numpy(), rewritten, counted.sum((0, 2)).numpy(), sums)
 
-    def _sum(self, statistic: str, touched: Tensor) -> npt.NDArray[Any]:
+    def _sum(self, statistic: str, counted: Tensor) -> npt.NDArray[Any]:
         values = torch.stack([change.statistics[statistic] for change in self._changes])
-        total: npt.NDArray[Any] = torch.where(touched, values, 0).sum((0, 2)).numpy()
+        total: npt.NDArray[Any] = torch.where(counted, values, 0).sum((0, 2)).numpy()
         return total

@@ -136,6 +136,11 @@ def _model_obstacles(config: VllmConfig) -> Iterator[str]:
             f"{model.architecture} has layers without attention, which were not tested: "
             "serve another model"
         )
+    elif model.is_mm_prefix_lm:
+        yield (
+            f"{model.architecture} lets image tokens see those after them, which calibration does "
+            "not reproduce: serve another model"
+        )
     elif cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         yield (
             f"a KV cache of {cache.cache_dtype} cannot be calibrated: "

@@ -83,7 +83,7 @@ class MethodStep:
         covered = np.array([member.request.covered for member in self._batch])
         fresh = self._rows.arrays[3] >= covered[self._rows.arrays[2]]
         return Share(
-            fresh & (done.count > 0),
+            fresh & done.rewritten,
             done.finite,
             self._per_slot(done.count * fresh),
             {name: self._per_slot(values * fresh) for name, values in done.sums.items()},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextlib import nullcontext
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
@@ -21,6 +22,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from server.admission import Admitted, Refusal
 from server.aliases import answered_as
+from server.engine import wording
 from server.engine.payload import KEY
 from server.errors import INVALID_CALIBRATION, ApiError, envelope, in_our_envelope, replaced
 from server.front_end import FrontEnd
@@ -76,7 +78,8 @@ async def _answer(
         request.cache_salt = front_end.cache_salt(admitted, request.cache_salt, raw_request)
         receipt = front_end.open(admitted, request.n or 1)
         request.calibrate_with(lambda: front_end.desk.issue(receipt))
-        return await calibrated(request, raw_request, handler, receipt)
+        with wording.wanted() if admitted.vision else nullcontext():
+            return await calibrated(request, raw_request, handler, receipt)
     except Refusal as refusal:
         front_end.metrics.refused(refusal)
         raise ApiError(

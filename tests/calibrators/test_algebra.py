@@ -1,15 +1,21 @@
 """The pool algebra expresses all five methods.
 
 Each method is written twice: densely and row by row, as its paper has it, and as coefficients
-that see nothing but masses. Both the probabilities that `reference.recombine` gives and the
-outputs of the formula in `calibrators.interface` must agree with the former.
+that see nothing but masses, those of VAR, GIFT and VHR being the methods' own. Both the
+probabilities that `reference.recombine` gives and the outputs of the formula in
+`calibrators.interface` must agree with the former.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from calibrators import reference
+from calibrators.gift import GIFT
 from calibrators.interface import Coefficients, Masses
+from calibrators.var import VAR
+from calibrators.vhr import VHR
 
 PROMPT, LENGTH, HEADS, DIM = 12, 16, 6, 4
 IMAGE = range(2, 7)
@@ -157,20 +163,18 @@ def test_var(probability):
     visual = [j for j in SINKS if j in IMAGE]
     text = [j for j in SINKS if j not in IMAGE]
     pools = [keys(*visual), keys(*text), keys(*(j for j in IMAGE if j not in SINKS))]
-    a_v, a_t, rest = masses(probability, pools).plain.unbind(-1)
-    spared = torch.full_like(rest, 1 - share)
+    given = {"share": share, "rho": rho, "min_visual_mass": least}
+    result = coefficients(VAR(), masses(probability, pools), given)
     calibrated_rows = torch.zeros(LENGTH, 1, dtype=torch.bool)
     calibrated_rows[list(rows)] = True
-    result = Coefficients(
-        rest=torch.ones_like(rest),
-        pools=torch.stack([spared, spared, 1 + share * (a_v + a_t) / rest], -1),
-        apply=calibrated_rows
-        & (a_v > 0)
-        & (a_v + rest >= least)
-        & (1 - a_v / (a_v + rest) >= rho)
-        & (rest > 0),
-    )
+    result = replace(result, apply=result.apply & calibrated_rows)
     assert_expresses(probability, dense, pools, result)
+
+
+def coefficients(method, measured, given):
+    """Of a method, with the same parameters on all rows and heads."""
+    parameters = {name: torch.full_like(measured.rest, value) for name, value in given.items()}
+    return method.coefficients(measured, parameters)
 
 
 def top_half(values):
@@ -200,36 +204,20 @@ def test_gift(probability):
             dense[i, h] /= dense[i, h].sum()
 
     pools = [keys(*IMAGE), keys(*QUERY)]
-    result = gift_coefficients(masses(probability, pools, weights), beta)
+    measured = masses(probability, pools, weights)
+    result = coefficients(GIFT(), measured, {"alpha": 2.5, "beta": beta})
     rows = torch.arange(LENGTH)[:, None] >= PROMPT - 1
-    result = Coefficients(result.rest, result.pools, result.weighted, apply=rows)
+    result = replace(result, apply=result.apply & rows)
     assert_expresses(probability, dense, pools, result, weights)
-
-
-def gift_coefficients(measured, beta):
-    """GIFT from masses alone, all rows at once."""
-    visual, query = measured.plain.unbind(-1)
-    enhanced = measured.weighted[..., 0]
-
-    def upper(mass):
-        order = mass.sort(dim=-1, descending=True, stable=True).indices[:, : HEADS // 2]
-        return torch.zeros_like(mass, dtype=torch.bool).scatter(1, order, True)
-
-    by_visual, by_query = upper(visual), upper(query)
-    share = (enhanced * by_visual).sum(-1, keepdim=True) / (visual * by_visual).sum(-1, True)
-    on_query = torch.where(by_query, beta * share, 1.0)
-    total = torch.where(by_visual, enhanced, visual) + on_query * query + (1 - visual - query)
-    plain = torch.stack([(~by_visual).double(), on_query], -1)
-    weighted = torch.stack([by_visual.double(), torch.zeros_like(query)], -1)
-    return Coefficients(1 / total, plain / total[..., None], weighted / total[..., None])
 
 
 def test_vhr_scales_heads_and_nothing_else(probability):
     chosen = torch.tensor([True, False, False, True, True, False])
-    scale = torch.where(chosen, 2.0, 1.0).double().expand(LENGTH, HEADS)
-    dense = probability * scale[..., None]
-    result = Coefficients(rest=torch.ones_like(scale), scale=scale)
-    assert masses(probability, []).plain.shape == (LENGTH, HEADS, 0)
+    dense = probability * torch.where(chosen, 2.0, 1.0).double()[:, None]
+    measured = masses(probability, [])
+    assert measured.plain.shape == (LENGTH, HEADS, 0)
+    result = coefficients(VHR(), measured, {"alpha": 2.0})
+    result = replace(result, apply=chosen.expand(LENGTH, HEADS))
     assert_expresses(probability, dense, [], result)
 
 

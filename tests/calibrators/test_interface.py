@@ -4,7 +4,13 @@ import sys
 import pytest
 
 from calibrators.act import ACT
-from calibrators.capabilities import across_heads, alternatives, profile_settings, strengths
+from calibrators.capabilities import (
+    across_heads,
+    alternatives,
+    chooses_heads,
+    profile_settings,
+    strengths,
+)
 from calibrators.interface import (
     CalibrationError,
     Calibrator,
@@ -35,6 +41,7 @@ def test_the_built_in_keeps_the_contract():
 def test_a_class_without_a_method_does_not(make_calibrator):
     assert isinstance(make_calibrator(), Calibrator)
     assert across_heads(make_calibrator()) is False
+    assert chooses_heads(make_calibrator()) is False
     without = type("Without", (), {"name": "without", "bind": lambda *_: None})()
     assert not isinstance(without, Calibrator)
 

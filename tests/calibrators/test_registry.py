@@ -4,7 +4,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from calibrators import registry
-from calibrators.capabilities import across_heads
+from calibrators.capabilities import across_heads, chooses_heads
 from calibrators.registry import BUILT_IN, GROUP, Registry, RegistryError
 from calibrators.settings import CalibrationSettings
 from calibrators.zerotuning import ZeroTuning
@@ -71,15 +71,18 @@ def test_names_are_plain_words(make_calibrator, name):
         Registry([make_calibrator(name)])
 
 
+@pytest.mark.parametrize("capability", [across_heads, chooses_heads])
 @pytest.mark.parametrize("declared", [True, False])
-def test_looking_across_heads_may_be_declared(make_calibrator, declared):
-    assert across_heads(Registry([make_calibrator(across_heads=declared)])["scale"]) is declared
+def test_capabilities_may_be_declared(make_calibrator, capability, declared):
+    calibrator = make_calibrator(**{capability.__name__: declared})
+    assert capability(Registry([calibrator])["scale"]) is declared
 
 
+@pytest.mark.parametrize("capability", ["across_heads", "chooses_heads"])
 @pytest.mark.parametrize("declared", [None, 1, "no", lambda self: True])
-def test_it_is_declared_clearly(make_calibrator, declared):
-    with pytest.raises(RegistryError, match=r"Fake\.across_heads must be True or False"):
-        Registry([make_calibrator(across_heads=declared)])
+def test_they_are_declared_clearly(make_calibrator, capability, declared):
+    with pytest.raises(RegistryError, match=rf"Fake\.{capability} must be True or False"):
+        Registry([make_calibrator(**{capability: declared})])
 
 
 @pytest.mark.parametrize("settings", [Relaxed, Coercing, Infinite])

@@ -33,19 +33,23 @@ class Dense:
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         AttentionInterface.register(NAME, self._attention)
-        self.model = LlamaForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=NAME
-        ).eval()
+        self.model = self._load(folder, dtype).eval()
         self._seen = Seen()
         self._act: Act = _leave
-        for layer in self.model.model.layers:
+        for layer in self._decoder().layers:
             layer.register_forward_pre_hook(self._enter, with_kwargs=True)
 
-    def log_probabilities(self, tokens: list[int], act: Act) -> Tensor:
+    def _load(self, folder: Path, dtype: torch.dtype) -> Any:
+        return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=NAME)
+
+    def _decoder(self) -> Any:
+        return self.model.model
+
+    def log_probabilities(self, tokens: list[int], act: Act, **inputs: Tensor) -> Tensor:
         """Log-probability of each token after the first; `act` rewrites `[rows, heads, keys]`."""
         self._act = act
         with torch.inference_mode():
-            logits = self.model(torch.tensor([tokens]), use_cache=False).logits[0]
+            logits = self.model(torch.tensor([tokens]), use_cache=False, **inputs).logits[0]
         logprobs = logits.log_softmax(-1)[:-1]
         return logprobs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 

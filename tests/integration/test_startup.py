@@ -53,7 +53,7 @@ def start(*flags: str, env: dict[str, str] | None = None) -> subprocess.Complete
     ("flags", "advice"),
     [
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype auto"),
-        (["--calibrators", "zerotuning,nothing"], "installed: act, zerotuning"),
+        (["--calibrators", "zerotuning,nothing"], "installed: act, gift, var, vhr, zerotuning"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

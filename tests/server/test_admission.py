@@ -207,11 +207,11 @@ def test_what_is_known_in_time_is_admitted(
         assert "not known in time" in refusal.message
 
 
-def test_what_the_engine_cannot_measure_is_refused(make_admission, observing):
-    without = HeadOutputs(0, without_images=True)
-    refusal = refused("needy", make_admission(observing(HeadOutputs(0), without)))
-    assert (refusal.reason, refusal.method) == ("unsupported_feature", "needy")
-    assert "does not provide" in refusal.message
+def test_layers_to_be_seen_without_images_are_known_beforehand(make_admission, observing):
+    seen = [HeadOutputs(layer, without_images=layer != 1) for layer in (3, 1, 0)]
+    admitted = make_admission(observing(*seen)).admit("needy")
+    assert admitted.text_layers == (0, 3)
+    assert make_admission(observing(HeadOutputs(0))).admit("needy").text_layers == ()
 
 
 def test_peaks_of_cached_kv_that_all_share_are_refused(make_admission, observing):

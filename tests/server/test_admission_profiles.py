@@ -115,7 +115,7 @@ def test_what_excludes_each_other_is_replaced(make_admission):
 @pytest.mark.parametrize(
     ("fields", "field", "said"),
     [
-        ({"method": "vhr"}, "method", "no calibrator 'vhr'; this server offers: act, zerotuning"),
+        ({"method": "pasta"}, "method", "no calibrator 'pasta'; this server offers: act, gift"),
         ({"parameters": {"gamma": 0}}, "parameters.gamma", "greater than 0"),
         ({"parameters": {}}, "parameters.gamma", "gamma is required"),
         ({"parameters": {"gamma": 1, "layers": [4]}}, "parameters.layers", "0 to 3 are allowed"),

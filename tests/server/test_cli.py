@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from calibrators.registry import BUILT_IN
 from server import __version__, cli, doctor, models
 from tests.integration import plugins
 
@@ -107,7 +108,7 @@ def plugins_installed(tmp_path, monkeypatch):
 def test_what_is_installed_is_named_and_not_imported(plugins_installed):
     done = run("calibrators")
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in titles(done.stdout)] == ["zerotuning", "act"]
+    assert [line.split()[0] for line in titles(done.stdout)] == list(BUILT_IN)
     last = "installed, but not on offer without --calibrators: broken, milder"
     assert done.stdout.splitlines()[-1] == last
 
@@ -119,19 +120,19 @@ def test_the_table_has_what_is_on_offer(plugins_installed, monkeypatch, argv):
     done = run("calibrators", *argv)
     assert done.returncode == 0, done.stderr
     assert titles(done.stdout) == ["milder  Milder, text", "zerotuning  ZeroTuning, text"]
-    assert done.stdout.splitlines()[-1].endswith(": act, broken")
+    assert done.stdout.splitlines()[-1].endswith(": act, broken, gift, var, vhr")
 
 
 def titles(table):
     """First lines of the paragraphs that describe a calibrator."""
-    return [line for line in table.splitlines() if re.match(r"\w+  \w+, text$", line)]
+    return [line for line in table.splitlines() if re.match(r"\w+  \w+, (text|vision)$", line)]
 
 
 def test_an_empty_offer(capsys):
     assert cli.main(["calibrators", "--calibrators", ""]) == 0
     out = capsys.readouterr().out
     assert out.startswith("no calibrator is on offer\n")
-    assert "without --calibrators: act, zerotuning" in out
+    assert "without --calibrators: act, gift, var, vhr, zerotuning" in out
 
 
 @pytest.mark.parametrize("name", ["broken", "nobody"])

@@ -6,6 +6,7 @@ from calibrators.interface import Bound
 from server import __version__
 from server.admission import REASONS, Admitted, Refusal
 from server.engine.payload import Report, Tally
+from server.engine.text_pass import NAME
 from server.metrics import (
     FAMILIES,
     MOMENTS,
@@ -183,6 +184,8 @@ def test_a_request_refused_late_is_no_longer_active(metrics):
 def test_seconds_are_observed_where_a_report_has_them(metrics):
     metrics.stepped(Report("ticket", [], {"zerotuning": 0.002}))
     metrics.stepped(Report("ticket", []))
+    metrics.stepped(Report("ticket", [], {NAME: 0.5}))
+    assert NAME not in generate_latest(metrics.registry).decode()
     labels = {"calibrator": "zerotuning"}
     assert metrics.value("trimtab_calibration_seconds_count", **labels) == 1
     assert metrics.value("trimtab_calibration_seconds_sum", **labels) == pytest.approx(0.002)

@@ -74,6 +74,7 @@ def test_choices_are_numbered_as_in_the_response_over_all_prompts():
         receipt.record(report, choice)
     entry = receipt.document()["applied"][0]
     assert [c["index"] for c in entry["choices"]] == [0, 1, 2, 3]
+    assert "heads" not in entry["choices"][0]
     assert [c["completion_tokens"] for c in entry["choices"]] == [10, 11, 20, 21]
     assert [c["statistics"]["m"] for c in entry["choices"]] == [5, 5.5, 10, 10.5]
     assert (entry["prompt_tokens"], entry["completion_tokens"]) == (400, 62)
@@ -118,6 +119,42 @@ def test_statistics_of_layers_are_means_over_layers_and_choices():
     ]
     assert statistics(total(tallies)) == {"s": 3.0, "t": 5.0}
     assert statistics(total([*tallies, tally(count=4, a=2.0)])) == {"a": 0.5, "s": 3.0, "t": 5.0}
+
+
+def shown(*tallies):
+    receipt = make_receipt(HEADS, choices=len(tallies))
+    receipt.issue()
+    for choice, each in enumerate(tallies):
+        receipt.record(Report(receipt.tickets[0], [each]), choice)
+    return receipt.document()["applied"][0]
+
+
+def test_a_skip_is_shown_with_its_reason_and_without_rows():
+    entry = shown(Tally(prompt_tokens=4, cached=4, layer_sums={"s": 0.0}, layer_counts={"s": 2}))
+    assert (entry["skipped"], entry["prompt_tokens"]) == (None, 4)
+    entry = shown(Tally(prompt_tokens=4, cached=4, skipped="no sink"))
+    assert (entry["skipped"], entry["prompt_tokens"], entry["heads"]) == ("no sink", 0, 3)
+    assert shown(Tally(prompt_tokens=4, skipped="no sink"))["skipped"] is None
+
+
+def test_only_what_all_choices_skip_is_skipped():
+    skipped, applied = Tally(prompt_tokens=3, cached=3, skipped="no sink"), Tally(prompt_tokens=4)
+    assert shown(skipped, skipped)["skipped"] == "no sink"
+    entry = shown(skipped, applied)
+    assert (entry["skipped"], entry["prompt_tokens"]) == (None, 4)
+    assert [choice["skipped"] for choice in entry["choices"]] == ["no sink", None]
+
+
+def test_heads_chosen_for_a_request_are_counted_and_listed():
+    one = Tally(1, heads=2, details={"heads_selected": {"1": [0, 2]}})
+    other = Tally(1, heads=1, details={"heads_selected": {"1": [0]}})
+    entry = shown(one)
+    assert (entry["heads"], entry["statistics"]) == (2, {"heads_selected": {"1": [0, 2]}})
+    same = shown(one, one)
+    assert (same["heads"], same["statistics"]) == (entry["heads"], entry["statistics"])
+    entry = shown(one, other)
+    assert (entry["heads"], entry["statistics"]) == (None, {})
+    assert [choice["heads"] for choice in entry["choices"]] == [2, 1]
 
 
 def test_the_desk_finds_receipts_by_ticket():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from server.engine.taps.blocks import BlockTap
 from server.engine.taps.columns import ColumnTap
 from server.engine.taps.heads import HeadTap
 from server.engine.taps.peaks import PeakTable, PeakTap
+from server.engine.taps.text import TextTap
+from server.engine.text_pass import unpacked
 
 if TYPE_CHECKING:
     from calibrators.interface import Bound, Calibrator, ModelFacts, Observation, Prompt, Rows
@@ -31,6 +33,7 @@ def make_taps(
     facts: ModelFacts,
     own: slice,
     table: PeakTable,
+    text_outputs: Mapping[str, str],
 ) -> tuple[Tap, ...]:
     """A tap per observation of a request.
 
@@ -52,7 +55,11 @@ def make_taps(
             _check_peaks(observation, calibrator, facts)
             key = calibrator.name, next(ordinal)
             taps.append(PeakTap(observation, prompt.length, table, key))
-        elif isinstance(observation, HeadOutputs) and not observation.without_images:
+        elif isinstance(observation, HeadOutputs) and observation.without_images:
+            seen = text_outputs.get(str(observation.layer))
+            outputs = None if seen is None else unpacked(seen, facts)
+            taps.append(TextTap(observation, prompt.length, outputs))
+        elif isinstance(observation, HeadOutputs):
             taps.append(HeadTap(observation, prompt.length))
         elif isinstance(observation, ProbabilityBlock):
             _check_block(observation, prompt)

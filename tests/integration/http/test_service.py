@@ -74,7 +74,7 @@ def test_discovery(server):
         listed = client.get("/v1/calibrators").json()
         single = client.get("/v1/calibrators/zerotuning").json()
     assert listed["object"] == "list"
-    assert [entry["id"] for entry in listed["data"]] == ["zerotuning", "act"]
+    assert [entry["id"] for entry in listed["data"]] == ["zerotuning", "act", "var", "gift", "vhr"]
     assert listed["data"][0] == single
     assert single["available"] is True
     assert single["unavailable_reason"] is None

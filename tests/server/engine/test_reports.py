@@ -1,3 +1,4 @@
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -97,25 +98,33 @@ class FakeEngine:
 def test_shutdown_is_announced_first():
     calls = []
     engine = FakeEngine(manager="ours", calls=calls)
-    on_shutdown(engine, lambda: calls.append("announced"))
+    on_shutdown(engine, lambda seconds: calls.append(f"announced {seconds}"))
     assert engine.shutdown(timeout=2) == "down"
-    assert calls == ["announced", 2]
+    assert calls == ["announced 2", pytest.approx(2, abs=0.5)]
+
+
+def test_what_the_announcement_takes_is_taken_off():
+    calls = []
+    engine = FakeEngine(manager="ours", calls=calls)
+    on_shutdown(engine, lambda seconds: time.sleep(0.02))
+    engine.shutdown(timeout=0.01)
+    assert calls == [0]
 
 
 def test_one_api_server_of_several_waits_for_its_requests():
     calls = []
     engine = FakeEngine(manager=None, pending=[2, 1, 0], calls=calls)
-    on_shutdown(engine, lambda: calls.append("announced"))
+    on_shutdown(engine, lambda seconds: calls.append("announced"))
     engine.shutdown(timeout=60)
     assert engine.pending == []
-    assert calls == ["announced", 60]
+    assert calls == ["announced", pytest.approx(60, abs=5)]
 
 
 @pytest.mark.parametrize("timeout", [0, None])
 def test_without_time_to_drain_it_does_not_wait(timeout):
     calls = []
     engine = FakeEngine(manager=None, pending=[1, 1], calls=calls)
-    on_shutdown(engine, lambda: None)
+    on_shutdown(engine, lambda seconds: None)
     engine.shutdown(timeout=timeout)
     assert engine.pending == [1]
     assert calls == [timeout]

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibrators.interface import Bound, LayerPlan, Pool, Prompt, Rows, Span
+from calibrators.interface import Bound, LayerPlan, Pool, Prompt, Rows, Skip, Span
+from server.engine.payload import KEY, Payload
 from server.engine.programs import HeadShard
 from server.engine.requests import positions
 
@@ -96,6 +97,28 @@ def test_a_layer_left_alone_has_no_heads_pools_or_parameters(
     assert program.heads.any(1).tolist() == [False, True, False]
     assert program.parameters["weight"].tolist() == [[0] * 6, [2] * 6, [0] * 6]
     assert [pools.prompt[0].keys.tolist() for pools in program.pools] == [[], [1, 7], []]
+
+
+@pytest.mark.parametrize("length", [20, 19])
+def test_images_that_came_with_the_request_count(table, bound, length):
+    known = Prompt(20, (Span(2, 6),), (Span(8, 12),), (Span(9, 10),))
+    arguments = {KEY: Payload("ticket", (bound,), prompt=known).to_extra_args()}
+    table.add("a", arguments, Prompt(length), 0)
+    request = table.get("a")
+    assert request.prompt == request.programs[0].prompt == known
+    assert request.failed == (length != known.length)
+
+
+def test_a_method_that_has_nothing_to_do_says_so(make_table, make_calibrator, extra_args, facts):
+    def resolve(self, bound, layer, facts, prompt, observed):
+        return Skip("nothing here") if layer else None
+
+    method = make_calibrator("idle", resolve=resolve)
+    table = make_table(method)
+    table.add("a", extra_args(method.bind(method.Settings(), facts)), Prompt(8), 3)
+    (program,) = table.get("a").programs
+    assert not program.active.any()
+    assert (program.tally.prompt_tokens, program.tally.skip) == (3, "nothing here")
 
 
 def test_a_method_that_this_worker_does_not_know_fails_its_request(table, extra_args):

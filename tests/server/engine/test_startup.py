@@ -32,6 +32,7 @@ def config(**changes):
             "is_encoder_decoder": False,
             "is_hybrid": False,
             "is_attention_free": False,
+            "is_mm_prefix_lm": False,
             "runner_type": "generate",
             "architecture": "SomeForCausalLM",
             "dtype": "torch.bfloat16",
@@ -88,6 +89,10 @@ def test_a_configuration_that_can_be_calibrated_passes(change):
         ({"cache_config__cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype auto"),
         ({"model_config__use_mla": True}, "SomeForCausalLM uses multi-head latent attention"),
         ({"model_config__is_hybrid": True}, "SomeForCausalLM has layers without attention"),
+        (
+            {"model_config__is_mm_prefix_lm": True},
+            "SomeForCausalLM lets image tokens see",
+        ),
         ({"model_config__is_encoder_decoder": True}, "not a decoder-only language model"),
         ({"model_config__runner_type": "pooling"}, "leave out --runner and --convert"),
     ],

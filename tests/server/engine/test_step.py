@@ -240,6 +240,49 @@ def test_weights_first_head_scale_last(make_table, extra_args, facts, bound, hea
     assert (weighting.prompt_tokens, weighting.count) == (12, 12)
 
 
+@pytest.mark.parametrize(
+    ("eligible", "prompt_tokens", "count", "total"),
+    [(None, 6, 6, 6 * 2.0), (True, 6, 3 * 12, 3 * 12 * 2.0), (False, 6, 0, 0)],
+)
+def test_statistics_are_over_eligible_rows_and_tokens_over_rewritten_ones(
+    make_table, extra_args, facts, head_scale, eligible, prompt_tokens, count, total
+):
+    def coefficients(self, masses, parameters):
+        scale = parameters["scale"]
+        even = torch.arange(scale.shape[0]) % 2 == 0
+        apply = (even[:, None] & (torch.arange(6) == 2)).expand(scale.shape)
+        among = None if eligible is None else torch.full_like(apply, eligible)
+        statistics = {"scale": torch.full_like(scale, 2.0)}
+        rest = torch.ones_like(scale)
+        return Coefficients(
+            rest, scale=2 * rest, apply=apply, eligible=among, statistics=statistics
+        )
+
+    def resolve(self, bound, layer, facts, prompt, observed):
+        heads = np.arange(facts.query_heads) < 3
+        return LayerPlan(heads, {"scale": np.ones(6, np.float32)}) if layer == 1 else None
+
+    every = lambda self, bound, prompt: CalibratedRows()  # noqa: E731
+    kind = type(head_scale)
+    method = type(
+        "Some", (kind,), {"coefficients": coefficients, "resolve": resolve, "rows": every}
+    )
+    table = make_table(method())
+    table.add("a", extra_args(head_scale.bind(head_scale.Settings(), facts)), Prompt(12), 0)
+    run = Step(table, ["a"], [12], [12])
+    plan, stock = run.plan(), run.stock().float()
+    output = run.apply(plan, 1, stock.clone())
+    changed = (output != stock).any(-1).nonzero().tolist()
+    assert changed == [[row, 2] for row in range(0, 12, 2)]
+    plan.finish()
+    tally = table.get("a").programs[0].tally
+    assert (tally.prompt_tokens, tally.count, tally.sums) == (
+        prompt_tokens,
+        count,
+        {"scale": total},
+    )
+
+
 @pytest.fixture
 def stacked(monkeypatch):
     """How often tables were stacked."""

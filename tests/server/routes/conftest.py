@@ -16,10 +16,12 @@ from starlette.exceptions import HTTPException
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 
 from calibrators import registry
+from calibrators.interface import Prompt
 from server import errors
 from server.admission import Admission
 from server.aliases import aliases
 from server.app import ROUTES
+from server.engine.geometry import Geometry
 from server.engine.payload import Payload, Report, Tally
 from server.front_end import FrontEnd
 from server.metrics import Metrics
@@ -77,7 +79,7 @@ class FakeEngine:
             payload = Payload.from_extra_args(params.extra_args)
             self.payloads.append(payload)
             if payload is not None:
-                front_end.check_prompt(payload.ticket, self.length)
+                front_end.check_prompt(payload.ticket, Geometry(Prompt(self.length)))
             for choice in range(params.n):
                 if payload is not None and (prompt, choice) not in self.silent:
                     tallies = [Tally(5, 3, {"key0_mass_before": 4.0}, 8)] * len(

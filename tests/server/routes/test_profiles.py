@@ -1,6 +1,8 @@
 import pytest
 from fastapi.testclient import TestClient
 
+from calibrators import registry
+
 STRENGTHS = {"1": {"0": 0.5, "5": 2.0}, "3": {"2": 0.25}}
 
 
@@ -36,7 +38,7 @@ def test_without_profiles_the_list_is_empty(make_app):
 
 def test_a_method_lists_its_profiles(client):
     listed = {each["id"]: each["profiles"] for each in client.get("/v1/calibrators").json()["data"]}
-    assert listed == {"zerotuning": ["calm", "heads"], "act": []}
+    assert listed == {name: [] for name in registry.BUILT_IN} | {"zerotuning": ["calm", "heads"]}
     schema = client.get("/v1/calibrators/zerotuning").json()["params_schema"]
     assert "supplies the parameters" in schema["properties"]["profile"]["description"]
 

@@ -177,13 +177,3 @@ def test_outputs_that_are_not_finite_fail_their_request(toy, asking):
     step = toy.step({"a": (0, 70), "b": (0, 33)})
     assert (toy.table.get("a").failed, toy.table.get("b").failed) == (False, True)
     check(toy, "a", loud(toy, "a"), step["a"])
-
-
-def test_images_cannot_be_left_out_yet(make_table, extra_args):
-    class Other(Loud):
-        def observe(self, bound, prompt):
-            return [HeadOutputs(0, without_images=True)]
-
-    table = make_table(Other())
-    table.add("a", extra_args(Bound("loud", {"prefill": "whole"}, 1, 1)), Prompt(5), 0)
-    assert table.get("a").failed

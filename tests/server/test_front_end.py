@@ -1,0 +1,44 @@
+import pytest
+from prometheus_client import CollectorRegistry
+
+from calibrators import registry
+from server.admission import Admission
+from server.engine.payload import KEY, Payload, Report, Tally
+from server.engine.text_pass import OUTPUTS
+from server.front_end import FrontEnd
+from server.metrics import Metrics
+
+
+@pytest.fixture
+def front_end(make_facts):
+    admission = Admission(registry.load(), make_facts(modality="vision"), "model")
+    metrics = Metrics(registry.BUILT_IN, "0.32.0", "cpu", CollectorRegistry())
+    return FrontEnd(admission, metrics, b"key")
+
+
+def test_a_request_says_in_which_layers_it_needs_a_text_pass(front_end):
+    admitted = front_end.admission.admit({"method": "vhr", "layers": [3, 0]})
+    entry = front_end.desk.issue(front_end.open(admitted, 1))
+    assert Payload.from_extra_args(entry).text_layers == (0, 3)
+    plain = front_end.admission.admit({"method": "zerotuning", "gamma": 2.0})
+    entry = front_end.desk.issue(front_end.open(plain, 1))
+    assert entry[KEY]["text_layers"] == []
+
+
+def test_a_report_of_a_text_pass_reaches_no_receipt(front_end):
+    admitted = front_end.admission.admit("vhr")
+    receipt = front_end.open(admitted, 1)
+    front_end.desk.issue(receipt)
+    ticket = f"{receipt.tickets[0]}-text"
+    front_end.preludes._seen[ticket] = {}
+    front_end.report(Report(ticket, [Tally(details={OUTPUTS: {"1": "seen"}})]), 0)
+    assert front_end.preludes._seen == {ticket: {"1": "seen"}}
+    assert [tally.details for _, tally in receipt.totals()] == [{}]
+    front_end.report(Report(receipt.tickets[0], [Tally(prompt_tokens=4)]), 0)
+    assert [tally.prompt_tokens for _, tally in receipt.totals()] == [4]
+
+
+def test_nothing_is_let_in_once_draining_has_begun(front_end):
+    assert not front_end.draining
+    front_end.drain(0)
+    assert front_end.draining
