@@ -7,11 +7,15 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
+import numpy as np
 
+from benchmarks.answers import Question, body_of
 from benchmarks.servers import SERVED_NAME
+from examples.shapes_llava.questions import DESCRIBE
+from examples.shapes_llava.scenes import draw, sample
 
 ROUND_SECONDS = 300.0
 # Leaves out the special tokens at the start of vocabularies.
@@ -54,6 +58,13 @@ class Round:
         return sum(self.latencies) / len(self.latencies)
 
 
+class Source(Protocol):
+    """Where prompts come from."""
+
+    def fields(self, length: int) -> dict[str, Any]:
+        """Fields of a request body with a fresh prompt of `length` tokens."""
+
+
 class Prompts:
     """Random prompts as token ids. No two share a first token block, so no cache helps.
 
@@ -70,8 +81,28 @@ class Prompts:
         """A fresh prompt."""
         return self._random.choices(range(FIRST_TOKEN, self._vocabulary), k=length)
 
+    def fields(self, length: int) -> dict[str, Any]:
+        """The prompt of a completion."""
+        return {"prompt": self.draw(length)}
 
-def bodies(shape: Shape, prompts: Prompts, calibration: Calibration | None) -> list[dict[str, Any]]:
+
+class Pictures:
+    """Random pictures of shapes with one question. No two are alike, so no cache helps.
+
+    Args:
+        seed: of the generator.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = np.random.default_rng(seed)
+
+    def fields(self, length: int) -> dict[str, Any]:  # noqa: ARG002 - question and picture fix it
+        """The messages of a chat completion."""
+        question = Question(draw(sample(self._random)), DESCRIBE)
+        return {"messages": body_of(question, SERVED_NAME, None)["messages"]}
+
+
+def bodies(shape: Shape, prompts: Source, calibration: Calibration | None) -> list[dict[str, Any]]:
     """Request bodies of a round; plain where `calibration` is None.
 
     Calibrated and plain requests alternate, as far as the shape mixes them.
@@ -79,7 +110,7 @@ def bodies(shape: Shape, prompts: Prompts, calibration: Calibration | None) -> l
     return [
         {
             "model": SERVED_NAME,
-            "prompt": prompts.draw(shape.prompt_tokens),
+            **prompts.fields(shape.prompt_tokens),
             "max_tokens": shape.new_tokens,
             "min_tokens": shape.new_tokens,
             "ignore_eos": True,
@@ -109,7 +140,8 @@ async def play(client: httpx.AsyncClient, requests: list[dict[str, Any]]) -> Rou
 
 async def _answer(client: httpx.AsyncClient, body: dict[str, Any]) -> float:
     started = time.perf_counter()
-    response = await client.post("/v1/completions", json=body)
+    route = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    response = await client.post(route, json=body)
     seconds = time.perf_counter() - started
     _check(response, body)
     return seconds
@@ -120,7 +152,8 @@ def _check(response: httpx.Response, body: Mapping[str, Any]) -> None:
         raise LoadError(f"status {response.status_code}: {response.text[:500]}")
     content = response.json()
     usage = content["usage"]
-    asked = len(body["prompt"]), body["max_tokens"]
+    length = len(body["prompt"]) if "prompt" in body else usage["prompt_tokens"]
+    asked = length, body["max_tokens"]
     if (usage["prompt_tokens"], usage["completion_tokens"]) != asked:
         raise LoadError(f"asked for {asked} tokens, got {usage}")
     if "calibration" in body and not content.get("calibration"):

@@ -20,10 +20,10 @@ import httpx
 SERVED_NAME = "benchmark"
 START_SECONDS = 300.0
 STOP_SECONDS = 60.0
+MAX_LENGTH = 4096
 LOG_LINES = 40
 FLAGS = (
     "--enforce-eager",
-    "--max-model-len=4096",
     "--kv-cache-memory-bytes=2147483648",
     "--disable-uvicorn-access-log",
     f"--served-model-name={SERVED_NAME}",
@@ -60,13 +60,16 @@ STOCK = Kind(
 TRIMTAB = Kind("trimtab", (sys.executable, "-m", "server.cli", "serve"), {})
 
 
-def command_line(kind: Kind, model: Path, dtype: str, port: int) -> list[str]:
+def command_line(
+    kind: Kind, model: Path, dtype: str, port: int, length: int = MAX_LENGTH
+) -> list[str]:
     """The command of a server; both kinds get the same flags."""
-    return [*kind.command, str(model), f"--dtype={dtype}", *FLAGS, f"--port={port}"]
+    flags = (f"--dtype={dtype}", f"--max-model-len={length}", *FLAGS, f"--port={port}")
+    return [*kind.command, str(model), *flags]
 
 
 @contextmanager
-def running(kind: Kind, model: Path, dtype: str) -> Iterator[str]:
+def running(kind: Kind, model: Path, dtype: str, length: int = MAX_LENGTH) -> Iterator[str]:
     """Start a server, yield its base address once it answers, and stop it.
 
     Raises:
@@ -76,7 +79,7 @@ def running(kind: Kind, model: Path, dtype: str) -> Iterator[str]:
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", **kind.environment}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command_line(kind, model, dtype, port),
+            command_line(kind, model, dtype, port, length),
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -2,6 +2,9 @@
 
     python -m benchmarks.throughput --json out.json
     python -m benchmarks.throughput --calibration '{"method": "act", "heads": [1, 5]}' --starts 0
+    python -m benchmarks.throughput --images --calibration '{"method": "vhr"}'
+
+With `--images` the model is the embedded vision model, and every prompt is a picture.
 
 Times depend on the machine; ratios are taken between rounds that ran next to each other.
 """
@@ -23,8 +26,8 @@ import httpx
 
 from benchmarks import load, machine
 from benchmarks.figures import Ratio, of_medians, paired, table
-from benchmarks.load import Prompts, Round, Shape
-from benchmarks.servers import FLAGS, STOCK, TRIMTAB, Kind, running
+from benchmarks.load import Pictures, Prompts, Round, Shape, Source
+from benchmarks.servers import FLAGS, MAX_LENGTH, STOCK, TRIMTAB, Kind, running
 from server import models
 
 SCENARIOS: Mapping[str, Shape] = {
@@ -33,6 +36,11 @@ SCENARIOS: Mapping[str, Shape] = {
     "prefill-1500": Shape(8, 1500, 1),
     "half-mixed": Shape(16, 200, 64, calibrated=0.5),
     "one-request": Shape(1, 200, 64),
+}
+IMAGE_TOKENS = 75  # of a picture and its question
+IMAGES: Mapping[str, Shape] = {
+    "images-decode": Shape(16, IMAGE_TOKENS, 64),
+    "images-first-token": Shape(8, IMAGE_TOKENS, 1),
 }
 STOCK_SHAPE = SCENARIOS["decode-200"]
 CALIBRATION = {"method": "zerotuning", "gamma": 0.5}
@@ -51,6 +59,7 @@ class Plan:
         rounds: pairs per scenario.
         starts: starts of each server in the comparison with stock vLLM; 0 leaves it out.
         stock_rounds: rounds per start.
+        images: whether prompts are pictures, of the embedded vision model.
     """
 
     model: Path
@@ -60,6 +69,12 @@ class Plan:
     rounds: int
     starts: int
     stock_rounds: int
+    images: bool = False
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The scenarios that there are, by name."""
+        return IMAGES if self.images else SCENARIOS
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         document = {
             "machine": described,
-            "flags": [f"--dtype={plan.dtype}", *FLAGS],
+            "flags": [f"--dtype={plan.dtype}", f"--max-model-len={_length(plan)}", *FLAGS],
             "calibration": plan.calibration,
             "results": [asdict(result) for result in results],
         }
@@ -109,29 +124,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and server starts")
     parser.add_argument("--model", type=Path, help="checkpoint folder; default: the embedded one")
+    parser.add_argument("--images", action="store_true", help="measure the vision model")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--calibration", type=json.loads, default=CALIBRATION, metavar="JSON")
-    parser.add_argument("--scenarios", help=f"comma-separated, of: {', '.join(SCENARIOS)}")
+    parser.add_argument(
+        "--scenarios", help=f"comma-separated, of: {', '.join((*SCENARIOS, *IMAGES))}"
+    )
     parser.add_argument("--rounds", type=int, help="pairs of rounds per scenario")
     parser.add_argument("--starts", type=int, help="server starts against stock vLLM; 0: none")
     return parser
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    chosen = args.scenarios.split(",") if args.scenarios is not None else list(SCENARIOS)
+    known = IMAGES if args.images else SCENARIOS
+    chosen = args.scenarios.split(",") if args.scenarios is not None else list(known)
     chosen = [name for name in chosen if name]
-    unknown = sorted(set(chosen) - set(SCENARIOS))
+    unknown = sorted(set(chosen) - set(known))
     if unknown:
-        raise SystemExit(f"no scenario {unknown[0]!r}; there are: {', '.join(SCENARIOS)}")
+        raise SystemExit(f"no scenario {unknown[0]!r}; there are: {', '.join(known)}")
     quick = args.quick
+    name = models.VISION_MODEL if args.images else models.DEFAULT_MODEL
+    starts = 0 if args.images else 1 if quick else 3
     return Plan(
-        model=args.model or models.prepare(models.DEFAULT_MODEL, report=_progress),
+        model=args.model or models.prepare(name, report=_progress),
         dtype=args.dtype,
         calibration=args.calibration,
         scenarios=tuple(chosen),
         rounds=args.rounds or (3 if quick else 7),
-        starts=args.starts if args.starts is not None else (1 if quick else 3),
+        starts=args.starts if args.starts is not None else starts,
         stock_rounds=args.rounds or (3 if quick else 7),
+        images=args.images,
     )
 
 
@@ -140,7 +162,7 @@ def run(plan: Plan, progress: Callable[[str], None]) -> list[Comparison]:
     results = [against_stock(plan, progress)] if plan.starts else []
     if plan.scenarios:
         progress("starting trimtab")
-        with running(TRIMTAB, plan.model, plan.dtype) as address:
+        with running(TRIMTAB, plan.model, plan.dtype, _length(plan)) as address:
             results += asyncio.run(against_plain(address, plan, progress))
     return results
 
@@ -153,7 +175,7 @@ def against_stock(plan: Plan, progress: Callable[[str], None]) -> Comparison:
         kinds: list[Kind] = [STOCK, TRIMTAB] if start % 2 == 0 else [TRIMTAB, STOCK]
         for kind in kinds:
             progress(f"starting {kind.name} ({start + 1} of {plan.starts})")
-            with running(kind, plan.model, plan.dtype) as address:
+            with running(kind, plan.model, plan.dtype, _length(plan)) as address:
                 rounds = asyncio.run(_plain_rounds(address, plan, start))
             seconds[kind.name].append(rounds)
             progress(f"{kind.name}: {statistics.median(rounds):.2f} s per round")
@@ -167,12 +189,13 @@ def against_stock(plan: Plan, progress: Callable[[str], None]) -> Comparison:
 
 
 async def _plain_rounds(address: str, plan: Plan, seed: int) -> list[float]:
-    prompts = Prompts(_vocabulary(plan.model), seed)
+    prompts = _prompts(plan, seed)
     async with load.client_for(address) as client:
-        for shape in (WARM_UP, STOCK_SHAPE):
-            await load.play(client, load.bodies(shape, prompts, None))
+        shape = next(iter(IMAGES.values())) if plan.images else STOCK_SHAPE
+        for first in (WARM_UP, shape):
+            await load.play(client, load.bodies(first, prompts, None))
         return [
-            (await load.play(client, load.bodies(STOCK_SHAPE, prompts, None))).seconds
+            (await load.play(client, load.bodies(shape, prompts, None))).seconds
             for _ in range(plan.stock_rounds)
         ]
 
@@ -181,7 +204,7 @@ async def against_plain(
     address: str, plan: Plan, progress: Callable[[str], None]
 ) -> list[Comparison]:
     """Calibrated and plain requests on one server, in alternating rounds."""
-    prompts = Prompts(_vocabulary(plan.model))
+    prompts = _prompts(plan)
     results = []
     async with load.client_for(address) as client:
         for calibration in (None, plan.calibration) * 2:
@@ -193,9 +216,9 @@ async def against_plain(
 
 
 async def _scenario(
-    client: httpx.AsyncClient, name: str, plan: Plan, prompts: Prompts
+    client: httpx.AsyncClient, name: str, plan: Plan, prompts: Source
 ) -> Comparison:
-    shape, method = SCENARIOS[name], plan.calibration["method"]
+    shape, method = plan.shapes[name], plan.calibration["method"]
     rounds: dict[bool, list[Round]] = {False: [], True: []}
     spent = 0.0
     for pair in range(-1, plan.rounds):  # the pair before the first is not counted
@@ -240,6 +263,15 @@ def report(results: Sequence[Comparison]) -> str:
             for result in results
         ],
     )
+
+
+def _prompts(plan: Plan, seed: int = 0) -> Source:
+    return Pictures(seed) if plan.images else Prompts(_vocabulary(plan.model), seed)
+
+
+def _length(plan: Plan) -> int:
+    """The longest sequence: shorter for the small vision model, which has no more positions."""
+    return 1024 if plan.images else MAX_LENGTH
 
 
 def _vocabulary(model: Path) -> int:

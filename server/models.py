@@ -41,15 +41,23 @@ class Gguf:
 
 
 @dataclass(frozen=True)
+class Packaged:
+    """A checkpoint folder inside this package, sealed like those in the cache."""
+
+    folder: str
+
+
+@dataclass(frozen=True)
 class EmbeddedModel:
     name: str
     title: str
     licence: str
     source: str
-    file: Gguf
+    file: Gguf | Packaged
 
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+VISION_MODEL = "shapes-llava"
 
 EMBEDDED: Mapping[str, EmbeddedModel] = {
     DEFAULT_MODEL: EmbeddedModel(
@@ -64,7 +72,14 @@ EMBEDDED: Mapping[str, EmbeddedModel] = {
             size=98_362_432,
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
-    )
+    ),
+    VISION_MODEL: EmbeddedModel(
+        name=VISION_MODEL,
+        title="Shapes-LLaVA-4.7M",
+        licence="Apache-2.0",
+        source="trained by examples/shapes_llava on drawn pictures of coloured shapes, bfloat16",
+        file=Packaged("embedded/shapes_llava"),
+    ),
 }
 
 
@@ -75,6 +90,11 @@ def prepare(name: str, *, report: Report) -> Path:
     if prepared is not None:
         return prepared
     model, folder = find(name), location(name)
+    if isinstance(model.file, Packaged):
+        raise ModelError(
+            f"the model {name} of this installation is damaged ({damage(folder)}): "
+            "install Trimtab again"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder, report):
@@ -82,7 +102,7 @@ def prepare(name: str, *, report: Report) -> Path:
             if problem is not None:
                 if folder.exists():
                     report(f"{folder} is damaged ({problem}): building it again")
-                build(model, folder, report)
+                build(model.title, model.file, folder, report)
     except OSError as error:
         raise ModelError(
             f"cannot prepare {name} in {folder}: {error}. "
@@ -104,6 +124,9 @@ def find(name: str) -> EmbeddedModel:
 
 
 def location(name: str) -> Path:
+    model = EMBEDDED.get(name)
+    if model is not None and isinstance(model.file, Packaged):
+        return Path(__file__).parent / model.file.folder
     home = os.environ.get("TRIMTAB_HOME")
     if not home:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -149,24 +172,24 @@ def describe(file: Path) -> dict[str, Any]:
     return {"size": file.stat().st_size, "sha256": digest}
 
 
-def build(model: EmbeddedModel, folder: Path, report: Report) -> None:
+def build(title: str, file: Gguf, folder: Path, report: Report) -> None:
     """Builds beside the folder and renames: nobody ever sees half a model."""
     for abandoned in folder.parent.glob(f".{folder.name}.tmp-*"):
         shutil.rmtree(abandoned)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.tmp-") as scratch:
         made = Path(scratch, "checkpoint")
         made.mkdir()
-        convert(obtain(model.file, Path(scratch), report), made, report)
+        convert(obtain(file, Path(scratch), report), made, report)
         seal(made)
         if folder.exists():
             shutil.rmtree(folder)
         made.rename(folder)
-    report(f"{model.title} is ready in {folder}")
+    report(f"{title} is ready in {folder}")
 
 
 def seal(folder: Path) -> None:
     """Writes the manifest, and lets every user of a shared cache read what is in it."""
-    files = sorted(folder.iterdir())
+    files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
     manifest = {"recipe": RECIPE, "files": {file.name: describe(file) for file in files}}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for file in folder.iterdir():

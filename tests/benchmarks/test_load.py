@@ -3,7 +3,16 @@ import asyncio
 import httpx
 import pytest
 
-from benchmarks.load import LoadError, Prompts, Round, Shape, bodies, calibration_seconds, play
+from benchmarks.load import (
+    LoadError,
+    Pictures,
+    Prompts,
+    Round,
+    Shape,
+    bodies,
+    calibration_seconds,
+    play,
+)
 
 CALIBRATION = {"method": "zerotuning", "gamma": 0.5}
 METRICS = """\
@@ -102,3 +111,11 @@ def test_calibration_seconds_are_read_from_the_histogram(calibrator, seconds):
             return await calibration_seconds(client, calibrator)
 
     assert asyncio.run(run()) == seconds
+
+
+def test_pictures_are_asked_about_in_chat_and_never_the_same():
+    requests = bodies(Shape(2, 75, 3), Pictures(), CALIBRATION)
+    seen = [body["messages"][0]["content"][0]["image_url"]["url"] for body in requests]
+
+    assert len(set(seen)) == 2
+    assert all("prompt" not in body and "calibration" in body for body in requests)

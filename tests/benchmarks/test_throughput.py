@@ -63,3 +63,11 @@ def test_an_unknown_scenario_is_refused(tmp_path):
 
 def test_no_scenario_leaves_the_comparison_with_stock_alone(tmp_path):
     assert plan_of(tmp_path, "--scenarios", "").scenarios == ()
+
+
+def test_images_are_measured_without_stock_by_default(tmp_path):
+    plan = plan_of(tmp_path, "--images")
+
+    assert (plan.scenarios, plan.starts) == (tuple(throughput.IMAGES), 0)
+    with pytest.raises(SystemExit, match="no scenario 'decode-200'"):
+        plan_of(tmp_path, "--images", "--scenarios", "decode-200")

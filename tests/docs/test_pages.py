@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.throughput import SCENARIOS
+from benchmarks.throughput import IMAGES, SCENARIOS
 from calibrators import registry
 from calibrators.interface import ModelFacts
 from calibrators.profiles import load
@@ -49,15 +49,17 @@ def test_the_limits_page_has_the_table_of_the_code():
     assert f"\n\n{table()}\n\n" in (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", [*SCENARIOS, *IMAGES])
 def test_the_benchmarks_page_has_every_scenario(name):
     assert f"`{name}`" in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
-def test_the_program_in_the_readme_compiles():
-    (code,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
+def test_the_programs_in_the_readme_compile():
+    found = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
 
-    compile(code, "README.md", "exec")
+    assert len(found) == 2
+    for code in found:
+        compile(code, "README.md", "exec")
 
 
 def test_the_files_on_the_profiles_page_are_what_they_should_be(tmp_path):

@@ -3,12 +3,22 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from server import models
-from server.models import DEFAULT_MODEL, EMBEDDED, Gguf, ModelError, is_prepared, prepare
+from server.models import (
+    DEFAULT_MODEL,
+    EMBEDDED,
+    VISION_MODEL,
+    Gguf,
+    ModelError,
+    Packaged,
+    is_prepared,
+    prepare,
+)
 
 SMALL = b"not really a model"
 
@@ -56,6 +66,18 @@ def packaged(tmp_path, monkeypatch):
     model = dataclasses.replace(EMBEDDED[DEFAULT_MODEL], file=gguf)
     monkeypatch.setattr(models, "EMBEDDED", {DEFAULT_MODEL: model})
     return file
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    """Makes a model of a sealed folder of the package; returns the folder."""
+    folder = tmp_path / "package" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(SMALL)
+    models.seal(folder)
+    model = dataclasses.replace(EMBEDDED[VISION_MODEL], file=Packaged(str(folder)))
+    monkeypatch.setattr(models, "EMBEDDED", {VISION_MODEL: model})
+    return folder
 
 
 def silent(text):
@@ -213,6 +235,39 @@ def test_failed_download_says_what_to_do(home, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(ModelError, match=r"returned 1, see above.*Check that pip works"):
         prepare(DEFAULT_MODEL, report=silent)
+
+
+def test_model_of_the_package_stays_where_it_is(inside, home):
+    assert prepare(VISION_MODEL, report=silent) == is_prepared(VISION_MODEL) == inside
+    assert not home.exists()
+
+
+def test_damaged_model_of_the_package_is_refused(inside, home):
+    truncate(inside)
+    assert is_prepared(VISION_MODEL) is None
+    with pytest.raises(ModelError, match=r"model.safetensors has changed.*install Trimtab again"):
+        prepare(VISION_MODEL, report=silent)
+    assert (inside / "model.safetensors").read_bytes() == SMALL[:-1]
+
+
+def test_sealing_again_changes_nothing(inside):
+    manifest = (inside / "manifest.json").read_bytes()
+    models.seal(inside)
+    assert (inside / "manifest.json").read_bytes() == manifest
+
+
+def test_embedded_vision_model_is_whole_and_small(home):
+    folder = prepare(VISION_MODEL, report=silent)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 20_000_000
+
+
+def test_embedded_vision_model_is_installed_with_the_package():
+    root = Path(models.__file__).parents[1]
+    data = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = data["tool"]["setuptools"]["package-data"]
+    covered = patterns["*"] + patterns["server.embedded.shapes_llava"]
+    files = models.location(VISION_MODEL).iterdir()
+    assert [f.name for f in files if not any(f.match(pattern) for pattern in covered)] == []
 
 
 def test_unknown_name_lists_the_known_ones():

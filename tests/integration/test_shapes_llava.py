@@ -1,0 +1,86 @@
+"""The embedded vision model under its name, against transformers; methods change its answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import examples.shapes_llava
+from benchmarks import hallucination
+from benchmarks.answers import Asker, Question, body_of
+from examples.shapes_llava.ask import Model
+from examples.shapes_llava.questions import DESCRIBE
+from examples.shapes_llava.scenes import draw, scenes
+from server.models import VISION_MODEL, prepare
+from tests.integration.serving import Server, serving
+
+PRESETS = Path(examples.shapes_llava.__file__).with_name("presets.toml")
+VAR, GIFT, VHR = "shapes-var", {"method": "gift"}, {"method": "vhr"}
+ASKED = (
+    DESCRIBE,
+    "Is there a yellow circle in the image?",
+    "Can you see a red triangle?",
+    "How many objects are there?",
+    "What colour is the star?",
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    flags = ["--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20)]
+    flags += ["--calibration-presets", str(PRESETS)]
+    with serving(tmp_path_factory.mktemp("shapes") / "log", VISION_MODEL, *flags) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[Question]:
+    pictures = [draw(scene) for seed in (0, 1) for scene in scenes(seed, 4, broken=seed == 1)]
+    return [Question(picture, text) for picture in pictures for text in ASKED]
+
+
+def answers(server: Server, questions: list[Question], calibration: Any = None) -> list[str]:
+    async def ask() -> list[str]:
+        async with Asker(server.url, VISION_MODEL) as asker:
+            return [answer.text.strip() for answer in await asker.ask(questions, calibration)]
+
+    return asyncio.run(ask())
+
+
+def test_greedy_answers_are_those_of_transformers(server, questions):
+    model = Model(prepare(VISION_MODEL, report=lambda _: None))
+    expected = model.answers([q.picture for q in questions], [q.text for q in questions])
+
+    assert answers(server, questions) == expected
+    assert len(set(expected)) > len(ASKED)
+
+
+@pytest.mark.parametrize("wanted", [VAR, GIFT, VHR], ids=["var", "gift", "vhr"])
+def test_methods_find_something_to_do(server, questions, wanted):
+    with server.client() as client:
+        body = body_of(questions[1], VISION_MODEL, wanted)
+        (entry,) = client.post("/v1/chat/completions", json=body).json()["calibration"]["applied"]
+
+    assert entry["skipped"] is None
+    assert entry["prompt_tokens"] + entry["completion_tokens"] > 0
+
+
+def test_the_benchmark_tells_methods_from_plain(server, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    strong = {"method": "vhr", "alpha": 4.0}
+    flags = ["--url", server.url, "--scenes", "6", "--json", str(file)]
+    flags += [f"--calibration={json.dumps(each)}" for each in (VAR, strong)]
+
+    assert hallucination.main(flags) == 0
+
+    plain, var, vhr = json.loads(file.read_text(encoding="utf-8"))["results"]
+    assert plain["figures"]["usual.exact"]["value"] > 0.7
+    assert plain["figures"]["random.valid"]["value"] == 1
+    assert (var["skipped"], vhr["skipped"]) == (0, 0)
+    assert any(change["value"] for change in vhr["differences"].values())
+    assert "minus plain" in capsys.readouterr().out
