@@ -5,12 +5,13 @@ MODEL := smollm2-135m-instruct
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test lint soak clean
+.PHONY: help env serve test lint reliability soak clean
 
 help:
 	@echo "make serve   install into $(VENV) and serve $(MODEL) on 127.0.0.1:8000"
 	@echo "make test    install into $(VENV), lint, type-check and run every test"
 	@echo "make lint    the checks of make test without the tests"
+	@echo "make reliability   hostile requests, 200 and more of each kind, at a server without a model"
 	@echo "make soak    serve 10,000 short requests and see that nothing grows"
 	@echo "make clean   remove $(VENV) and caches (models in the user cache stay)"
 	@echo
@@ -34,6 +35,11 @@ lint: env
 # One process has the tests that need an engine, the other has the rest.
 test: lint
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
+
+reliability: env
+	$(BIN)/trimtab models prepare $(MODEL)
+	RELIABILITY_EXAMPLES=200 $(BIN)/pytest tests/reliability --timeout 3600 \
+	  --log-cli-level=INFO $(ARGS)
 
 soak: env
 	SOAK_REQUESTS=10000 $(BIN)/pytest tests/integration/state/test_growth.py --log-cli-level=INFO $(ARGS)
