@@ -5,12 +5,14 @@ MODEL := smollm2-135m-instruct
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test lint soak clean
+.PHONY: help env serve test lint reliability mutation soak clean
 
 help:
 	@echo "make serve   install into $(VENV) and serve $(MODEL) on 127.0.0.1:8000"
 	@echo "make test    install into $(VENV), lint, type-check and run every test"
 	@echo "make lint    the checks of make test without the tests"
+	@echo "make reliability   hostile requests, 200 and more of each kind, at a server without a model"
+	@echo "make mutation   change admission, keys and salts; say which changes no test notices"
 	@echo "make soak    serve 10,000 short requests and see that nothing grows"
 	@echo "make clean   remove $(VENV) and caches (models in the user cache stay)"
 	@echo
@@ -35,10 +37,19 @@ lint: env
 test: lint
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
+reliability: env
+	$(BIN)/trimtab models prepare $(MODEL)
+	RELIABILITY_EXAMPLES=200 $(BIN)/pytest tests/reliability --timeout 3600 \
+	  --log-cli-level=INFO $(ARGS)
+
+mutation: env
+	$(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
+
 soak: env
 	SOAK_REQUESTS=10000 $(BIN)/pytest tests/integration/state/test_growth.py --log-cli-level=INFO $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
-	  .import_linter_cache .hypothesis
+	  .import_linter_cache .hypothesis .schemathesis mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,9 +27,10 @@ from server.engine.reports import listen, on_shutdown
 from server.front_end import FrontEnd
 from server.metrics import Metrics
 from server.offer import offer
+from server.openapi import describe
 from server.routes import calibrators, generate, health, models, presets, profiles
 from server.settings import Settings
-from server.shell import enclose, guard
+from server.shell import enclose, free_paths, guard
 
 if TYPE_CHECKING:
     from starlette.datastructures import State
@@ -76,6 +77,7 @@ class TrimtabEndpoint:
         listen(engine_client, front_end.report)
         on_shutdown(engine_client, front_end.drain)
         handle_errors(self._app)
+        describe(self._app, front_end.admission.calibrators.values(), free_paths(args, settings))
         enclose(self._app, args, settings)
 
 
@@ -89,6 +91,7 @@ def handle_errors(app: FastAPI) -> None:
         errors.ApiError: errors.handle_api_error,
         HTTPException: errors.handle_http_exception,
         RequestValidationError: errors.handle_validation_error,
+        **dict.fromkeys(errors.BROKEN, errors.handle_unreadable),
     }
     app.exception_handlers.update({**theirs, **ours})
 

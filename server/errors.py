@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from http import HTTPStatus
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import JSONResponse
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
 
+logger = logging.getLogger(__name__)
 INVALID_CALIBRATION = "invalid_calibration"
 # A message repeats parts of the request; this bounds what a small request can make us send.
 MAX_MESSAGE = 1000
@@ -43,6 +46,11 @@ _TYPES = {
     HTTPStatus.NOT_FOUND: "not_found_error",
     HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
 }
+
+
+# Where vLLM makes prompts of requests, and what its code raises there beside what it means to.
+READERS = ("vllm.renderers.", "vllm.entrypoints.openai.responses.utils")
+BROKEN = (AssertionError, AttributeError, LookupError)
 
 
 class ApiError(Exception):
@@ -123,6 +131,21 @@ async def handle_validation_error(_: Request, error: RequestValidationError) -> 
     status = HTTPStatus.BAD_REQUEST
     message = f"{param}: {first['msg']}" if param else str(first["msg"])
     return JSONResponse(envelope(status, message, param, "invalid_request"), status)
+
+
+async def handle_unreadable(_: Request, error: Exception) -> JSONResponse:
+    """Answer what breaks vLLM's readers of requests: they assert and index what a client sent.
+
+    Anything else that broke is none of the client's business, and goes on to the last handler.
+    """
+    modules = (frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__))
+    theirs = [module for module in modules if module.startswith("vllm.")]
+    if not theirs or not theirs[-1].startswith(READERS):
+        raise error
+    logger.warning("a request could not be read", exc_info=error)
+    status = HTTPStatus.BAD_REQUEST
+    message = "no prompt can be made of this request: a message or one of its parts is odd"
+    return JSONResponse(envelope(status, message, code="invalid_request"), status)
 
 
 def _path(location: Sequence[int | str]) -> str | None:

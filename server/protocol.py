@@ -124,6 +124,9 @@ class BoundedProtocol(H11Protocol):
                 HTTPStatus.REQUEST_TIMEOUT, "the request took too long to arrive", "request_timeout"
             )
 
+    def _asks_for_headers_alone(self) -> bool:
+        return self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
+
     def _refuse(self, status: HTTPStatus, message: str, code: str) -> None:
         """Answer in the application's place, if it has not begun to, and close."""
         if self.cycle is not None and not self.cycle.response_complete:
@@ -137,7 +140,8 @@ class BoundedProtocol(H11Protocol):
                 ("connection", "close"),
             ]
             start = h11.Response(status_code=status, headers=headers, reason=status.phrase)
-            for event in (start, h11.Data(data=body), h11.EndOfMessage()):
+            content = [] if self._asks_for_headers_alone() else [h11.Data(data=body)]
+            for event in (start, *content, h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 

@@ -8,6 +8,7 @@ metrics see the refusals: keys, drain, queue, and the checks of bodies.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Set
 from functools import partial
 
 from fastapi import FastAPI
@@ -40,7 +41,7 @@ def guard(app: FastAPI, args: Namespace, settings: Settings) -> None:
     state, limits = app.state, settings.limits
     checks = (partial(bounds.check, limits=limits), Trust.from_args(args, settings).check)
     if known := keys.configured(args, settings):
-        free = OPEN_PATHS if settings.metrics_without_key else PROBES
+        free = _open(settings)
         app.user_middleware.append(Middleware(KeyMiddleware, keys=known, open_paths=free))
     app.user_middleware += [
         Middleware(DrainMiddleware, draining=lambda: state.trimtab.draining),
@@ -53,6 +54,15 @@ def guard(app: FastAPI, args: Namespace, settings: Settings) -> None:
         Middleware(PlainRoutesMiddleware, calibrated=generate.PATHS),
     ]
     protocol.select(limits)
+
+
+def free_paths(args: Namespace, settings: Settings) -> Set[str] | None:
+    """Paths that need no key, None where no path needs one."""
+    return _open(settings) if keys.configured(args, settings) else None
+
+
+def _open(settings: Settings) -> Set[str]:
+    return OPEN_PATHS if settings.metrics_without_key else PROBES
 
 
 def enclose(app: FastAPI, args: Namespace, settings: Settings) -> None:

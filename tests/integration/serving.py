@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,12 +60,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(log: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    log: Path,
+    *flags: str,
+    env: dict[str, str] | None = None,
+    program: Callable[..., list[str]] = command,
+) -> Iterator[Server]:
     """Run a server until the block ends."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command("--host", "127.0.0.1", "--port", str(port), *flags),
+            program("--host", "127.0.0.1", "--port", str(port), *flags),
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},

@@ -50,6 +50,8 @@ def test_policies_that_exclude_each_other_are_refused(admission, names):
             admission.admit(order)
         assert (caught.value.reason, caught.value.param) == ("combination", "calibration")
         assert all(name in caught.value.message for name in names)
+        assert caught.value.method in names
+        assert caught.value.message.endswith("its own; at most one of them is allowed per request")
 
 
 def test_a_prompt_that_never_fits_is_refused(admission):

@@ -1,3 +1,4 @@
+import asyncio
 import json
 from http import HTTPStatus
 
@@ -198,3 +199,28 @@ def test_errors_of_vllm_come_in_our_envelope():
 )
 def test_anything_else_stays_as_it_is(response):
     assert in_our_envelope(response) is response
+
+
+def broken(module, error):
+    """An error as code of `module` raises it."""
+    space = {"__name__": module, "error": error}
+    exec("def read():\n    raise error", space)
+    try:
+        space["read"]()
+    except type(error) as caught:
+        return caught
+
+
+@pytest.mark.parametrize("error", [AssertionError(), IndexError("/etc/passwd"), AttributeError()])
+def test_what_breaks_vllms_readers_is_the_clients_fault(error):
+    caught = broken("vllm.renderers.chat_utils", error)
+    response = asyncio.run(errors.handle_unreadable(None, caught))
+    assert response.status_code == 400
+    assert json.loads(response.body)["error"]["code"] == "invalid_request"
+    assert b"passwd" not in response.body
+
+
+@pytest.mark.parametrize("module", ["vllm.v1.engine.async_llm", "server.admission", "vllm"])
+def test_what_breaks_elsewhere_is_not(module):
+    with pytest.raises(AssertionError):
+        asyncio.run(errors.handle_unreadable(None, broken(module, AssertionError())))

@@ -267,3 +267,16 @@ def test_the_server_lives_on(connect):
     connection = connect()
     connection.sendall(POST + b"Content-Length: 0\r\nConnection: close\r\n\r\n")
     assert b"answered" in everything(connection)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [(b"zz\r\n", b"400"), (b"5\r\nhel", b"408")], ids=["odd", "slow"]
+)
+def test_a_refusal_of_head_is_headers_alone(connect, caplog, body, status):
+    connection = connect()
+    headers = b"HEAD /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    connection.sendall(headers + body)
+    found = everything(connection)
+    assert found.startswith(b"HTTP/1.1 " + status)
+    assert found.endswith(b"\r\n\r\n")
+    assert not [record for record in caplog.records if record.name == "asyncio"]

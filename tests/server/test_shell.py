@@ -112,6 +112,17 @@ def test_every_route_but_the_probes_needs_a_key(guarded):
         assert all((a.status_code == 401) == (wanted == 401) for a in answers), (method, path)
 
 
+def test_every_route_in_every_spelling_needs_a_key(guarded):
+    for method, path in discovered(guarded.app):
+        for spelled in (f"/{path}", f"{path}/", path.replace("/", "//"), path.upper()):
+            if spelled in PROBES:
+                continue
+            for sent in (method, "OPTIONS"):
+                for host in ("testserver", "x/health"):
+                    response = guarded.request(sent, spelled, headers={"Host": host})
+                    assert response.status_code == 401, (sent, spelled, host)
+
+
 def test_with_the_key_every_route_is_reached(guarded):
     for method, path in discovered(guarded.app):
         if path.startswith("/v1/models") or path in ("/docs", "/metrics"):

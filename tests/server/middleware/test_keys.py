@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import hashlib
 import hmac
 import inspect
@@ -92,3 +93,36 @@ def test_digests_are_compared_in_no_other_way():
 def test_a_lock_without_a_key_is_a_mistake(given):
     with pytest.raises(ValueError, match="has to be a key"):
         KeyMiddleware(lambda: None, given, frozenset())
+
+
+def test_a_websocket_is_closed_where_a_request_is_told_to_bring_a_key():
+    async def never(scope, receive, send):
+        raise AssertionError("let in")
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    middleware = KeyMiddleware(never, KEYS, frozenset({"/open"}))
+    for path in ("/x", "/open"):
+        scope = {"type": "websocket", "path": path, "headers": [(b"authorization", b"Bearer x")]}
+        asyncio.run(middleware(scope, None, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}] * 2
+
+
+def test_a_websocket_with_a_key_is_let_in_as_the_tenant():
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(scope)
+
+    middleware = KeyMiddleware(app, KEYS, frozenset())
+    scope = {"type": "websocket", "path": "/", "headers": [(b"authorization", b"Bearer third")]}
+    asyncio.run(middleware(scope, None, None))
+    assert seen[0][keys.TENANT] == hashlib.sha256(b"third").hexdigest()
+
+
+def test_the_refusal_says_how_to_bring_a_key(client):
+    error = client.get("/x").json()["error"]
+    assert error["message"] == "this server needs a valid API key: Authorization: Bearer KEY"
