@@ -61,11 +61,11 @@ def free_port() -> int:
 
 @contextmanager
 def serving(log: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """Run a server until the block ends."""
+    """Run a server until the block ends; a model comes before other flags."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command("--host", "127.0.0.1", "--port", str(port), *flags),
+            command(*flags, "--host", "127.0.0.1", "--port", str(port)),
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
