@@ -66,11 +66,11 @@ def serving(
     env: dict[str, str] | None = None,
     program: Callable[..., list[str]] = command,
 ) -> Iterator[Server]:
-    """Run a server until the block ends."""
+    """Run a server until the block ends; a model comes before other flags."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            program("--host", "127.0.0.1", "--port", str(port), *flags),
+            program(*flags, "--host", "127.0.0.1", "--port", str(port)),
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.fixtures.llava import IMAGE_SIZE, PATCH
 from tests.integration.sighted import Look
 
-NEW_TOKENS = 8
+NEW_TOKENS = 12
 VAR: list[dict[str, Any]] = [
     {},
     {"tau": 12.0, "rho": 0.9},
