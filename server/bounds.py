@@ -11,6 +11,7 @@ from typing import Any
 
 from server.errors import ApiError
 from server.limits import Limits, flag_of
+from server.middleware.request_id import SANE
 
 LIMIT_EXCEEDED = "limit_exceeded"
 # Sampling parameters may lie one level down, as in vLLM's token-in-token-out route.
@@ -176,6 +177,7 @@ def check(body: Mapping[str, Any], limits: Limits) -> None:
     Raises:
         ApiError: 400; names field, value and limit.
     """
+    _check_id(body.get("request_id"))
     for where, fields in _levels(body):
         for name in (*NUMBERS, "logit_bias"):
             _check_number(where + name, fields.get(name))
@@ -203,6 +205,17 @@ def _check_rule(rule: Rule, where: str, fields: Mapping[str, Any], limits: Limit
                 param=where + name,
                 code=LIMIT_EXCEEDED,
             )
+
+
+def _check_id(value: object) -> None:
+    # It goes into logs, and into a header of the answer.
+    if isinstance(value, str) and not SANE.fullmatch(value):
+        raise ApiError(
+            HTTPStatus.BAD_REQUEST,
+            "request_id is not 1 to 128 letters, digits, dots, hyphens and underscores",
+            param="request_id",
+            code="invalid_request",
+        )
 
 
 def _check_number(name: str, value: object) -> None:

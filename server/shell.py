@@ -10,8 +10,10 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Set
 from functools import partial
+from typing import Any
 
 from fastapi import FastAPI
+from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
@@ -67,7 +69,9 @@ def _open(settings: Settings) -> Set[str]:
 
 def enclose(app: FastAPI, args: Namespace, settings: Settings) -> None:
     """Build the stack anew, after vLLM, without what ours replaces, and wrap it."""
-    app.user_middleware = [each for each in app.user_middleware if each.cls not in REPLACED]
+    app.user_middleware = [
+        _counting_on(app, each) for each in app.user_middleware if each.cls not in REPLACED
+    ]
     stack: ASGIApp = app.build_middleware_stack()
     stack = BodyLimitMiddleware(stack, settings.limits.max_body_bytes)
     stack = HeaderLimitMiddleware(
@@ -75,3 +79,19 @@ def enclose(app: FastAPI, args: Namespace, settings: Settings) -> None:
     )
     stack = EnvelopeMiddleware(stack, PROBES)
     app.middleware_stack = RequestIdMiddleware(stack)
+
+
+def _counting_on(app: FastAPI, middleware: Middleware) -> Middleware:
+    """The same; if it counts requests, with the counters it has where vLLM built the stack.
+
+    A second set cannot be registered, and without counters it would silently count nothing.
+    """
+    if middleware.cls is not PrometheusInstrumentatorMiddleware:
+        return middleware
+    layer: Any = app.middleware_stack
+    while layer is not None and not isinstance(layer, PrometheusInstrumentatorMiddleware):
+        layer = getattr(layer, "app", None)
+    if layer is None:
+        return middleware
+    counters = {"instrumentations": layer.instrumentations}
+    return Middleware(middleware.cls, *middleware.args, **{**middleware.kwargs, **counters})

@@ -26,6 +26,7 @@ from server.engine import wording
 from server.engine.payload import KEY
 from server.errors import INVALID_CALIBRATION, ApiError, envelope, in_our_envelope, replaced
 from server.front_end import FrontEnd
+from server.middleware.request_id import SCOPE, Identity
 from server.receipts import NotApplied, Receipt
 from server.routes.requests import CalibratedChatRequest, CalibratedCompletionRequest
 
@@ -57,6 +58,7 @@ async def create_completion(request: CalibratedCompletionRequest, raw_request: R
 async def answer(request: AnyRequest, raw_request: Request, handler: Handler) -> Response | None:
     """Run vLLM's `handler`, with calibration around it where one was admitted."""
     front_end: FrontEnd = raw_request.app.state.trimtab
+    settle_id(request, raw_request.scope.get(SCOPE))
     name = request.model or ""
     alias = front_end.aliases.get(name)
     if alias is None:
@@ -65,6 +67,21 @@ async def answer(request: AnyRequest, raw_request: Request, handler: Handler) ->
     if request.calibration is None:
         request.calibration = alias.preset
     return answered_as(await _answer(request, raw_request, handler, front_end), name)
+
+
+def settle_id(request: AnyRequest, identity: Identity | None) -> None:
+    """One id for answer, header and log: of the header, else of the body, else made up.
+
+    Args:
+        request: vLLM takes the id of the body from here where there is no header.
+        identity: of the scope.
+    """
+    if identity is None or identity.given:
+        return
+    if "request_id" in request.model_fields_set:
+        identity.value = request.request_id
+    else:
+        request.request_id = identity.value
 
 
 async def _answer(

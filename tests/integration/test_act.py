@@ -286,7 +286,7 @@ def test_the_listing_and_metrics_know_it(server):
         shown = client.get("/v1/calibrators/act").json()
     assert (shown["available"], shown["causal"], shown["modality"]) == (True, False, "text")
     assert shown["defaults"]["layers"] == list(range(2, 30))
-    names = {"method", "beta", "alpha", "threshold", "layers", "heads", "decode"}
+    names = {"method", "beta", "alpha", "threshold", "layers", "heads", "decode", "profile"}
     assert set(shown["params_schema"]["properties"]) == names
 
     def counters() -> list[float]:

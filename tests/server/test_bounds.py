@@ -194,6 +194,18 @@ def test_no_body_breaks_the_checks(body):
         assert (error.status, error.param is None) == (400, False)
 
 
+@pytest.mark.parametrize("value", ["", "a" * 129, "a b", "a\nb", "ä", "<script>"])
+def test_ids_that_do_not_fit_logs_are_refused(value):
+    with pytest.raises(ApiError) as caught:
+        check({"request_id": value}, Limits())
+    assert (caught.value.param, caught.value.status) == ("request_id", 400)
+
+
+@pytest.mark.parametrize("value", ["a", "a" * 128, "A-b_c.9", None, 3])
+def test_other_ids_are_left_to_the_route(value):
+    check({"request_id": value}, Limits())
+
+
 @given(value=st.integers() | st.floats(allow_nan=False) | st.sampled_from([inf]))
 def test_no_number_beyond_the_limit_gets_through(value):
     if 0 <= value <= 3:

@@ -12,12 +12,14 @@ from functools import cache
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import CollectorRegistry
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 from uvicorn.config import HTTP_PROTOCOLS
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http
+from vllm.entrypoints.serve.instrumentator import metrics
 
 from server import protocol, serve
 from server.app import handle_errors
@@ -324,3 +326,14 @@ def test_a_small_body_makes_no_long_answer(make_client, path, body):
 
 
 JSON = {"Content-Type": "application/json"}
+
+
+def test_refusals_are_counted(monkeypatch, make_app):
+    # vLLM may have built the stack once already, and counters are registered once only.
+    registry = CollectorRegistry()
+    monkeypatch.setattr(metrics, "get_prometheus_registry", lambda: registry)
+    client = TestClient(make_app("--max-n", "3"), raise_server_exceptions=False)
+    for n in (4, 5):
+        assert client.post("/v1/completions", json={"prompt": "hi", "n": n}).status_code == 400
+    labels = {"method": "POST", "status": "4xx", "handler": "/v1/completions"}
+    assert registry.get_sample_value("http_requests_total", labels) == 2

@@ -78,7 +78,8 @@ def test_discovery(server):
     assert listed["data"][0] == single
     assert single["available"] is True
     assert single["unavailable_reason"] is None
-    assert set(single["params_schema"]["properties"]) == {"method", "gamma", "layers", "heads"}
+    fields = {"method", "gamma", "layers", "heads", "profile"}
+    assert set(single["params_schema"]["properties"]) == fields
 
 
 def test_probes_and_versions(server):

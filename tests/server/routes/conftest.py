@@ -33,6 +33,7 @@ class FakeEngine:
 
     Attributes:
         requests: every request that came through, as it came.
+        identities: ids of the requests, as vLLM takes them.
         payloads: of each prompt's sampling parameters, None for plain ones.
         prompts: number of prompts in a request.
         length: of each prompt in tokens.
@@ -45,6 +46,7 @@ class FakeEngine:
 
     def __init__(self):
         self.requests = []
+        self.identities = []
         self.payloads = []
         self.prompts = 1
         self.length = 5
@@ -56,6 +58,7 @@ class FakeEngine:
 
     async def handle(self, request, raw_request):
         self.requests.append(request)
+        self.identities.append(raw_request.headers.get("X-Request-Id", request.request_id))
         choices = self._run(request, raw_request.app.state.trimtab)
         if request.stream:
             return StreamingResponse(

@@ -8,6 +8,7 @@ from starlette.requests import ClientDisconnect
 
 from server.admission import REASONS
 from server.middleware.keys import TENANT
+from server.middleware.request_id import RequestIdMiddleware
 from server.routes import generate
 
 ZERO = {"method": "zerotuning", "gamma": 0.5}
@@ -76,6 +77,23 @@ def test_plain_requests_pass_untouched(post, engine, outcomes, field):
     assert engine.payloads == [None]
     assert engine.requests[0].cache_salt == "mine"
     assert outcomes() == {}
+
+
+@pytest.mark.parametrize("calibration", [None, ZERO], ids=["plain", "calibrated"])
+@pytest.mark.parametrize(
+    ("header", "own", "expected"),
+    [(None, "own", "own"), ("given", "own", "given"), ("a b", "own", "own"), (None, None, None)],
+)
+def test_one_id_counts(app, engine, calibration, header, own, expected):
+    client = TestClient(RequestIdMiddleware(app))
+    body = {"prompt": "hi", "calibration": calibration, **({"request_id": own} if own else {})}
+    headers = {"X-Request-Id": header} if header else {}
+    response = client.post("/v1/completions", json=body, headers=headers)
+    identity = response.headers["X-Request-Id"]
+    assert expected is None or identity == expected
+    # As vLLM takes it.
+    (handled,) = engine.identities
+    assert handled == identity
 
 
 def test_a_plain_stream_passes_untouched(post, engine, make_chunk):
