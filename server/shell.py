@@ -86,12 +86,13 @@ def _counting_on(app: FastAPI, middleware: Middleware) -> Middleware:
 
     A second set cannot be registered, and without counters it would silently count nothing.
     """
-    if middleware.cls is not PrometheusInstrumentatorMiddleware:
+    kind: Any = middleware.cls
+    if kind is not PrometheusInstrumentatorMiddleware:
         return middleware
     layer: Any = app.middleware_stack
     while layer is not None and not isinstance(layer, PrometheusInstrumentatorMiddleware):
         layer = getattr(layer, "app", None)
     if layer is None:
         return middleware
-    counters = {"instrumentations": layer.instrumentations}
-    return Middleware(middleware.cls, *middleware.args, **{**middleware.kwargs, **counters})
+    options = {**middleware.kwargs, "instrumentations": layer.instrumentations}
+    return Middleware(kind, *middleware.args, **options)
