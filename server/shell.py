@@ -87,12 +87,12 @@ def _counting_on(app: FastAPI, middleware: Middleware) -> Middleware:
     A second set cannot be registered, and without counters it would silently count nothing.
     """
     kind: Any = middleware.cls
-    if kind is not PrometheusInstrumentatorMiddleware:
+    if kind != PrometheusInstrumentatorMiddleware:
         return middleware
     layer: Any = app.middleware_stack
     while layer is not None and not isinstance(layer, PrometheusInstrumentatorMiddleware):
         layer = getattr(layer, "app", None)
     if layer is None:
         return middleware
-    options = {**middleware.kwargs, "instrumentations": layer.instrumentations}
+    options: Any = {**middleware.kwargs, "instrumentations": layer.instrumentations}
     return Middleware(kind, *middleware.args, **options)
