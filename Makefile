@@ -5,11 +5,12 @@ MODEL := smollm2-135m-instruct
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test lint reliability mutation soak clean
+.PHONY: help env serve test test-all lint reliability mutation soak clean
 
 help:
 	@echo "make serve   install into $(VENV) and serve $(MODEL) on 127.0.0.1:8000"
-	@echo "make test    install into $(VENV), lint, type-check and run every test"
+	@echo "make test    install into $(VENV), lint, type-check and test"
+	@echo "make test-all   the same, with every setting on every length"
 	@echo "make lint    the checks of make test without the tests"
 	@echo "make reliability   hostile requests, 200 and more of each kind, at a server without a model"
 	@echo "make mutation   change admission, keys and salts; say which changes no test notices"
@@ -35,6 +36,9 @@ lint: env
 
 # One process has the tests that need an engine, the other has the rest.
 test: lint
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not long" $(ARGS)
+
+test-all: lint
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 reliability: env

@@ -118,6 +118,18 @@ def check(server: Server, oracle: Oracle, cases: list[tuple[list[int], Any]], n:
     return worst
 
 
+# Each round has every setting once; over the rounds a setting meets a third of the lengths.
+@pytest.mark.parametrize("shift", [0, 3, 6])
+def test_all_settings_at_once(server, oracle, text, shift, record_property):
+    lengths = len(LENGTHS)
+    cases = [
+        (prompts(text, shift)[(index + shift) % lengths], setting)
+        for index, setting in enumerate(SETTINGS)
+    ]
+    record_property("deviation", check(server, oracle, cases, NEW_TOKENS))
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_every_setting_on_every_length(server, oracle, text, setting, record_property):
     neighbours = [None, {"gamma": 0.7, "layers": [2, 3]}]
