@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # What "stock" means: vLLM finds no plug-in of ours. Has to be said before vLLM is imported.
@@ -34,39 +34,89 @@ def prompt(seed: int, length: int) -> list[int]:
     return [1000 + (seed * 7919 + i * i * 31 + i) % 40000 for i in range(length)]
 
 
-# Each batch: (name, seed, prompt length, calibration). Names are unique; prefix caching is on.
-BATCHES: list[list[tuple[str, int, int, Bound | None]]] = [
-    [("alone", 1, 300, None)],
-    [("short alone", 2, 5, None)],
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request.
+
+    Attributes:
+        name: unique.
+        seed: of its prompt.
+        length: of its prompt.
+        bound: its calibration.
+        max_tokens: that it writes.
+        salt: of its cached blocks, beside that of its calibration.
+    """
+
+    name: str
+    seed: int
+    length: int
+    bound: Bound | None = None
+    max_tokens: int = 16
+    salt: str = ""
+
+
+# Prefix caching is on.
+BATCHES: list[list[Job]] = [
+    [Job("alone", 1, 300)],
+    [Job("short alone", 2, 5)],
     [
-        ("first", 3, 290, None),
-        ("severe neighbour", 4, 310, SEVERE),
-        ("second", 5, 17, None),
-        ("mild neighbour", 6, 140, MILD),
-        ("third", 7, 1, None),
-        ("severe short neighbour", 8, 1, SEVERE),
+        Job("first", 3, 290),
+        Job("severe neighbour", 4, 310, SEVERE),
+        Job("second", 5, 17),
+        Job("mild neighbour", 6, 140, MILD),
+        Job("third", 7, 1),
+        Job("severe short neighbour", 8, 1, SEVERE),
     ],
-    [("before plain", 9, 300, SEVERE)],
-    [("after severe", 9, 300, None)],
-    [("plain again", 9, 300, None)],
-    [("severe again", 9, 300, SEVERE)],
-    [("mild on the same prompt", 9, 300, MILD)],
+    [Job("before plain", 9, 300, SEVERE)],
+    [Job("after severe", 9, 300)],
+    [Job("plain again", 9, 300)],
+    [Job("severe again", 9, 300, SEVERE)],
+    [Job("mild on the same prompt", 9, 300, MILD)],
+]
+NEIGHBOURS = 31
+
+
+def beside(first: Job) -> list[Job]:
+    """A request and its neighbours, half of them calibrated."""
+    others = [
+        Job(f"{first.name} {i}", 30 + i, 10 + 3 * i, SEVERE if i % 2 else None, salt=first.name)
+        for i in range(NEIGHBOURS)
+    ]
+    return [first, *others]
+
+
+# The one that fails does so in its first step, after which it is gone; so is the sound one.
+FAULTS = [
+    beside(Job("sound", 20, 64, SEVERE, max_tokens=1)),
+    beside(Job("failing", 20, 64, replace(SEVERE, method="faulty"))),
 ]
 
 
-def request(seed: int, length: int, bound: Bound | None) -> tuple[TokensPrompt, SamplingParams]:
+def request(job: Job) -> tuple[TokensPrompt, SamplingParams]:
     """A prompt, salted by its calibration as the front end would, and its sampling."""
-    tokens = TokensPrompt(prompt_token_ids=prompt(seed, length))
-    params = SamplingParams(temperature=0, max_tokens=16, logprobs=5, ignore_eos=True)
-    if bound is not None:
-        tokens["cache_salt"] = json.dumps(bound.params)[1:-1].replace('"', "")
-        payload = Payload("ticket", (bound,))
+    tokens = TokensPrompt(prompt_token_ids=prompt(job.seed, job.length))
+    params = SamplingParams(temperature=0, max_tokens=job.max_tokens, logprobs=5, ignore_eos=True)
+    salt = job.salt
+    if job.bound is not None:
+        salt += json.dumps(job.bound.params)[1:-1].replace('"', "")
+        payload = Payload("ticket", (job.bound,))
         params.extra_args = {KEY: payload.to_extra_args()}
+    if salt:
+        tokens["cache_salt"] = salt
     return tokens, params
 
 
+def stock(batches: list[list[Job]]) -> list[list[Job]]:
+    """Without calibration: neighbours run plain, and who was calibrated alone is left out."""
+    return [
+        [replace(job, bound=None) for job in batch]
+        for batch in batches
+        if len(batch) > 1 or batch[0].bound is None
+    ]
+
+
 def run(mode: str, model: str) -> dict[str, Any]:
-    """Results by name: tokens, log-probabilities, cached prompt tokens."""
+    """Results by name: how it finished, tokens, log-probabilities, cached prompt tokens."""
     ours: dict[str, Any] = {"worker_cls": WORKER, "scheduler_cls": SCHEDULER}
     llm = LLM(
         model,
@@ -77,18 +127,13 @@ def run(mode: str, model: str) -> dict[str, Any]:
         **(ours if mode == "trimtab" else {}),
     )
     results = {}
-    for batch in BATCHES:
-        # The stock engine knows no calibration: neighbours run plain there, and batches of
-        # calibrated requests alone are left out.
-        known = [r for r in batch if mode == "trimtab" or r[3] is None or len(batch) > 1]
-        bounds = [bound if mode == "trimtab" else None for *_, bound in known]
-        if not known:
-            continue
-        pairs = [request(r[1], r[2], bound) for r, bound in zip(known, bounds, strict=True)]
+    for batch in BATCHES + FAULTS if mode == "trimtab" else stock(BATCHES):
+        pairs = [request(job) for job in batch]
         outputs = llm.generate([p for p, _ in pairs], [s for _, s in pairs], use_tqdm=False)
-        for (name, *_), output in zip(known, outputs, strict=True):
+        for job, output in zip(batch, outputs, strict=True):
             choice = output.outputs[0]
-            results[name] = {
+            results[job.name] = {
+                "finished": choice.finish_reason,
                 "tokens": list(choice.token_ids),
                 "logprobs": [
                     {token: asdict(entry)["logprob"] for token, entry in step.items()}

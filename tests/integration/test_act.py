@@ -109,6 +109,28 @@ def check(oracle: Oracle, tokens: list[int], setting: dict[str, Any], answer: An
     return error
 
 
+def test_all_settings_at_once_among_others_and_again(server, oracle, text, record_property):
+    # Over three neighbouring settings every length occurs.
+    picked = [
+        (text.prompt(random.Random(seed), length), setting)
+        for index, setting in enumerate(SETTINGS)
+        for place, (length, seed) in enumerate(SEEDS[index].items())
+        if (place + index) % 3 == 0
+    ]
+    cases: list[tuple[list[int], Any]] = [(tokens, act(**setting)) for tokens, setting in picked]
+    others = [text.prompt(random.Random(5), length) for length in (40, 300)]
+    cases += [(tokens, calibration) for tokens in others for calibration in (None, ZERO)]
+    worst = 0.0
+    for answers in (together(server, cases), together(server, cases[::-1])[::-1]):
+        for (tokens, setting), answer in zip(picked, answers, strict=False):
+            worst = max(worst, check(oracle, tokens, setting, answer))
+        for (tokens, calibration), answer in list(zip(cases, answers, strict=True))[len(picked) :]:
+            rewrite = oracle.zerotuning(ZERO) if calibration else plain
+            assert deviation(oracle, tokens, answer, rewrite) < TOLERANCE
+    record_property("deviation", worst)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("index", range(len(SETTINGS)), ids=lambda index: str(SETTINGS[index]))
 def test_every_setting_on_every_length_among_others_and_again(
     server, oracle, text, index, record_property

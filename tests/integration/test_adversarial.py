@@ -24,6 +24,7 @@ ABORTED = 8
 NEW_TOKENS = 16
 # Of every fifth request: it outgrows its blocks several times, and new prompts take all there are.
 MANY_NEW_TOKENS = 96
+# A fifth of the requests is plain.
 SETTINGS: list[dict[str, Any] | None] = [
     None,
     None,
@@ -37,6 +38,9 @@ SETTINGS: list[dict[str, Any] | None] = [
     {"gamma": 4, "heads": {"3": [0], "20": [1, 2]}},
     {"gamma": 1},
     {"gamma": 2, "layers": [28, 29], "heads": [8]},
+    {"gamma": 1.7},
+    {"gamma": 0.3, "layers": [3, 11, 19], "heads": [0, 1, 2]},
+    {"gamma": 6, "heads": {"7": [4, 5, 6], "8": [3]}},
 ]
 
 

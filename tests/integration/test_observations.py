@@ -295,6 +295,7 @@ def test_what_is_acted_on_shows(dense, text):
             assert (plain - acted)[-12:].abs().max() > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("running", [WAYS["eager"]], ids=["eager"], indirect=True)
 def test_preempted_requests(running, dense, text):
     before = running.server.metric("vllm:num_preemptions_total")
     cases = [case.drawn(dense) for case in mixed(text, "preempted", 30)]

@@ -1,8 +1,9 @@
-"""Plain requests are bit-identical to an engine without the plug-in."""
+"""Plain requests are bit-identical to an engine without the plug-in, and nobody's failure shows."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from tests.integration.faulty import install
+
 SECONDS = 300
 
 
-def run(mode: str, model: Path, folder: Path) -> Any:
+def run(mode: str, model: Path, folder: Path, env: dict[str, str]) -> Any:
     out = folder / f"{mode}.json"
     finished = subprocess.run(
         [sys.executable, "-m", "tests.integration.offline", mode, str(model), str(out)],
@@ -21,6 +24,7 @@ def run(mode: str, model: Path, folder: Path) -> Any:
         text=True,
         timeout=SECONDS,
         cwd=Path(__file__).parents[2],
+        env={**os.environ, **env},
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     return json.loads(out.read_text())
@@ -30,7 +34,8 @@ def run(mode: str, model: Path, folder: Path) -> Any:
 def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Results by engine and request; the engines run one after the other."""
     folder = tmp_path_factory.mktemp("offline")
-    return {mode: run(mode, model, folder) for mode in ("stock", "trimtab")}
+    env = install(folder) | {"TRIMTAB_CALIBRATORS": "zerotuning,faulty"}
+    return {mode: run(mode, model, folder, env) for mode in ("stock", "trimtab")}
 
 
 @pytest.mark.parametrize("name", ["alone", "short alone"])
@@ -63,3 +68,13 @@ def test_equal_settings_share_cached_blocks_and_others_do_not(results):
     assert ours["severe again"]["tokens"] == ours["before plain"]["tokens"]
     assert ours["mild on the same prompt"]["cached"] == 0
     assert ours["before plain"]["logprobs"] != ours["after severe"]["logprobs"]
+
+
+def test_a_result_that_is_not_finite_changes_no_bit_of_the_other_31(results):
+    ours = results["trimtab"]
+    assert (ours["sound"]["finished"], ours["failing"]["finished"]) == ("length", "error")
+    beside = [name for name in ours if name.startswith("failing ")]
+    assert len(beside) == 31
+    for name in beside:
+        assert ours[name] == ours[name.replace("failing", "sound")]
+        assert (ours[name]["finished"], ours[name]["cached"]) == ("length", 0)
