@@ -51,6 +51,13 @@ def command(*flags: str) -> list[str]:
     return [sys.executable, "-m", "server.cli", "serve", *flags]
 
 
+def one_core_each(ranks: int) -> dict[str, str]:
+    """Environment that binds each rank to a core of its own, which vLLM leaves to the caller."""
+    cores = sorted(os.sched_getaffinity(0))
+    binding = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
+    return {"VLLM_CPU_OMP_THREADS_BIND": binding}
+
+
 def free_port() -> int:
     """A loopback port nobody listens on."""
     with socket.socket() as probe:

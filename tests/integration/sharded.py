@@ -21,7 +21,7 @@ from server.engine.reports import listen
 from server.engine.startup import SCHEDULER, WORKER
 from tests.fixtures.llama import VOCABULARY
 
-CALIBRATORS = ("zerotuning", "faulty", "coupled", "sighted")
+CALIBRATORS = ("zerotuning", "act", "faulty", "coupled", "sighted")
 NEW_TOKENS = 8
 
 # By name: prompt length and calibration. Of two ranks the first has heads 0 to 3.
@@ -47,10 +47,12 @@ FAULTS: dict[str, tuple[int, dict[str, Any]]] = {
     "coupled, raises on the last rank": (50, {"method": "coupled", "gamma": 98.0}),
     "sighted, has no plan on the last rank": (50, {"method": "sighted", "gamma": 97.0}),
 }
-# Each head's coefficients depend on all selected heads of the layer.
+# What methods see before they act: all selected heads of the layer, or the whole prompt.
 COUPLED: dict[str, tuple[int, dict[str, Any]]] = {
     "coupled": (150, {"method": "coupled", "gamma": 3.0}),
     "sighted": (100, {"method": "sighted", "gamma": 3.0}),
+    "act": (90, {"method": "act", "alpha": 2.0, "layers": "all"}),
+    "act, second rank": (70, {"method": "act", "alpha": 2.0, "heads": [5, 6], "decode": "row"}),
     "coupled, first rank": (80, {"method": "coupled", "gamma": 5.0, "heads": [0, 2]}),
     "coupled, both ranks by layer": (
         60,

@@ -18,7 +18,7 @@ from transformers import AutoProcessor
 from calibrators import reference
 from tests.fixtures import llava
 from tests.integration import vision_cases as cases
-from tests.integration.serving import Server, serving
+from tests.integration.serving import Server, one_core_each, serving
 from tests.integration.sighted import GIFT, VAR, VHR, DenseLlava, Found, Look, Seen
 from tests.integration.vision_cases import (
     DARK,
@@ -57,11 +57,13 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=[1], ids=["one rank"])
+def server(request: Any, folder: Path) -> Iterator[Server]:
     engine = [part for name, value in ENGINE.items() for part in (_flag(name), str(value))]
     flags = ["--served-model-name", "llava", "--enable-prompt-tokens-details"]
-    with serving(folder.parent / "log", str(folder), *engine, *flags) as running:
+    flags += ["--tensor-parallel-size", str(request.param)]
+    env = one_core_each(request.param) if request.param > 1 else {}
+    with serving(folder.parent / "log", str(folder), *engine, *flags, env=env) as running:
         yield running
 
 
@@ -197,10 +199,10 @@ def plain(seen: Seen, p: Any) -> Any:
     return p
 
 
-@pytest.mark.parametrize("conversation", [SHORT, LONG], ids=["short", "long"])
-def test_every_setting_in_one_batch_with_others_and_again(
-    server, dense, processor, conversation, record_testsuite_property
-):
+def check_batch(
+    server: Server, dense: DenseLlava, processor: Any, conversation: Conversation
+) -> dict[str, float]:
+    """Every setting in one batch with other requests, twice; the worst deviation by method."""
     wanted: list[tuple[str, dict[str, Any]]] = [
         (name, setting)
         for name, settings in METHODS.items()
@@ -221,12 +223,25 @@ def test_every_setting_in_one_batch_with_others_and_again(
             measured = Measured(dense, processor, asked, answer)
             act = plain if kind is None else lambda seen, p: _zerotuning(p)
             assert measured.deviation(act) < TOLERANCE
+    return worst
+
+
+@pytest.mark.parametrize("conversation", [SHORT, LONG], ids=["short", "long"])
+def test_every_setting_in_one_batch_with_others_and_again(
+    server, dense, processor, conversation, record_testsuite_property
+):
+    worst = check_batch(server, dense, processor, conversation)
     for name, deviation in worst.items():
         record_testsuite_property(
             f"deviation of {name}, {len(conversation.images)} images", deviation
         )
     if conversation is LONG:
         assert server.metric("vllm:num_preemptions_total") > 0
+
+
+@pytest.mark.parametrize("server", [2], ids=["two ranks"], indirect=True)
+def test_two_ranks_agree_with_the_same_dense_forward(server, dense, processor):
+    check_batch(server, dense, processor, SHORT)
 
 
 def _zerotuning(p: Any) -> Any:
