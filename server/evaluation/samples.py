@@ -161,12 +161,13 @@ def draw(samples: Sequence[Sample], limit: int | None, seed: int = 0) -> tuple[S
     return tuple(samples[index] for index in sorted(chosen))
 
 
-def read(file: Path, *, unlabelled: bool = False) -> Dataset:
+def read(file: Path, *, unlabelled: bool = False, images: bool = False) -> Dataset:
     """The data set in a JSONL file.
 
     Args:
         file: to read.
         unlabelled: lines may lack answer and choices, all of them or none.
+        images: lines have to be chats with an image.
 
     Raises:
         DataError: it cannot be read, a line is wrong, or lines contradict each other.
@@ -183,6 +184,8 @@ def read(file: Path, *, unlabelled: bool = False) -> Dataset:
     if not numbered:
         raise DataError(f"{file}: no samples")
     _check_uniform(file, numbered)
+    if images:
+        _check_images(file, numbered)
     samples = tuple(_sample(number, line) for number, line in numbered)
     _check_distinct(file, numbered, samples)
     scoring: Scoring = "logprob" if numbered[0][1].labels else "generate"
@@ -244,6 +247,21 @@ def _check_uniform(file: Path, numbered: Sequence[tuple[int, Line]]) -> None:
             raise DataError(f"{file}:{number}: choices and labels in one file")
         if (line.split is None) != (first.split is None):
             raise DataError(f"{file}:{number}: split is given on some lines and not on others")
+
+
+def _check_images(file: Path, numbered: Sequence[tuple[int, Line]]) -> None:
+    for number, line in numbered:
+        if not any(map(_shows, line.messages or ())):
+            raise DataError(f"{file}:{number}: no message has a part with an image_url and its url")
+
+
+def _shows(message: Message) -> bool:
+    return not isinstance(message.content, str) and any(
+        part.get("type") == "image_url"
+        and isinstance(part.get("image_url"), dict)
+        and isinstance(part["image_url"].get("url"), str)
+        for part in message.content
+    )
 
 
 def _check_distinct(

@@ -13,14 +13,16 @@ import httpx
 from pydantic import ValidationError
 
 from calibrators.profiles import ModelIdentity, save
-from server import own_server
+from server import models, own_server
 from server.evaluation import plots as figures
 from server.evaluation.api import Api, ApiFailure, connected, member
 from server.evaluation.command import Unusable, progress, scorer, served
 from server.evaluation.samples import DataError, Sample, draw
-from server.profiling import plots, report
+from server.profiling import plots, report, var
+from server.profiling.channels import Channels, NoSinks
 from server.profiling.course import run
 from server.profiling.entropies import Entropies
+from server.profiling.method import Method
 from server.profiling.outcome import Accuracies
 from server.profiling.pairs import MeasurementFailed, Pairs, mean
 from server.profiling.questions import Answers, Entropy, Question, Sinks
@@ -34,18 +36,20 @@ from server.profiling.search import (
     Stage,
 )
 from server.profiling.state import StateError, opened
-from server.profiling.task import Method, Task
+from server.profiling.task import Task
 
 REPORT = "report"
 FAILURES = (
     ApiFailure,
     DataError,
     MeasurementFailed,
+    NoSinks,
     OSError,
     SearchFailed,
     StateError,
     Unusable,
     httpx.TransportError,
+    models.ModelError,
     own_server.StartFailed,
 )
 
@@ -59,8 +63,9 @@ def main(args: argparse.Namespace) -> int:
     task = None
     try:
         task = Task.of(args)
+        channels = _channels(task)
         with served(args) as address:
-            result, objective = asyncio.run(_found(task, address))
+            result, objective = asyncio.run(_found(task, channels, address))
         _write(result, objective, args.out)
     except FAILURES as error:
         return _given_up(str(error) or type(error).__name__, task)
@@ -71,6 +76,22 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _channels(task: Task) -> Channels | None:
+    """Those that mark sinks, for VAR: looked for before a server takes the memory."""
+    args = task.args
+    if args.method != "var":
+        return None
+    if args.sink_dims is not None:
+        tau = var.TAU if args.tau is None else args.tau
+        return Channels(args.sink_dims, tau, ("sink_dims and tau were given, not looked for.",))
+    from server.profiling.streams import channels
+
+    samples = draw(task.search, args.observe_samples, args.seed)
+    found = channels(args.model, samples, args.peak, args.tau, _bar)
+    progress("\n".join(found.remarks))
+    return found
+
+
 def _given_up(reason: str, task: Task | None) -> int:
     print(f"trimtab: {reason}", file=sys.stderr)
     if task is not None and task.state.exists():
@@ -78,12 +99,12 @@ def _given_up(reason: str, task: Task | None) -> int:
     return 2
 
 
-async def _found(task: Task, address: str) -> tuple[Result, Objective]:
+async def _found(task: Task, channels: Channels | None, address: str) -> tuple[Result, Objective]:
     args = task.args
     # No proxy stands between this machine and itself.
     async with connected(address, args.api_key, trust_env=args.url is not None) as api:
         model = await _model(api, args)
-        method = task.method(model)
+        method = Method.of(args, model, channels)
         header = {
             "trimtab": api.versions["version"],
             "vllm": api.versions["vllm_version"],
@@ -109,6 +130,9 @@ async def _model(api: Api, args: argparse.Namespace) -> ModelIdentity:
         raise Unusable(f"--model {args.model}: the server at --url has {api.model}")
     if args.method not in api.calibrators:
         raise Unusable(f"the server does not offer {args.method}")
+    offered = await api.get(f"/v1/calibrators/{args.method}")
+    if member(offered, "unavailable_reason") is not None:
+        raise Unusable(offered["unavailable_reason"])
     document = await api.get("/v1/calibration/profiles")
     try:
         return ModelIdentity.model_validate(member(document, "model"))

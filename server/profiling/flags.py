@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from server.evaluation.flags import add_asking
 from server.flags import positive
-from server.profiling import act, zerotuning
+from server.profiling import act, gift, var, zerotuning
 
 # More than `trimtab eval` has: nothing here is timed, and full batches are what makes it quick.
 CONCURRENCY = 64
@@ -26,7 +26,7 @@ def add_profile(commands: Commands, run: Callable[[argparse.Namespace], int]) ->
         description="Search on one part of the data, measure on the other, write a profile.",
     )
     methods = parser.add_subparsers(dest="method", required=True, metavar="METHOD")
-    for add in (_add_zerotuning, _add_act):
+    for add in (_add_zerotuning, _add_act, _add_var, _add_gift):
         add(methods).set_defaults(run=run)
 
 
@@ -102,6 +102,84 @@ def _add_act(methods: Commands) -> argparse.ArgumentParser:
     return _with_common(parser)
 
 
+def _add_var(methods: Commands) -> argparse.ArgumentParser:
+    parser = methods.add_parser("var", help="channels that mark sinks, tau, rho and share")
+    _add_sinks(parser)
+    add = parser.add_argument
+    share = "from 0 to 1"
+    add(
+        "--rhos",
+        type=_numbers(f"numbers {share}", lambda x: 0 <= x <= 1),
+        default=var.RHOS,
+        metavar="RHO,...",
+        help="rhos to choose from (default: 0.5, 0.8, 0.9)",
+    )
+    add(
+        "--probe-share",
+        type=_number("a number above 0, up to 1", lambda x: 0 < x <= 1),
+        default=var.PROBE,
+        metavar="SHARE",
+        help=f"that every rho is probed with (default: {var.PROBE:g})",
+    )
+    add(
+        "--grid",
+        type=_numbers(f"numbers {share}", lambda x: 0 <= x <= 1),
+        default=var.GRID,
+        metavar="SHARE,...",
+        help="shares to choose from (default: 0.2 to 1)",
+    )
+    return _with_common(parser)
+
+
+def _add_sinks(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--sink-dims",
+        type=_channels,
+        metavar="D,...",
+        help="channels that mark sinks; without them the model is loaded to look for some",
+    )
+    add(
+        "--tau",
+        type=_number("a number above 0", lambda x: 0 < x < math.inf),
+        help=f"what makes a sink; default: what parts them, {var.TAU:g} with --sink-dims",
+    )
+    add(
+        "--observe-samples",
+        type=positive,
+        default=var.OBSERVED,
+        metavar="N",
+        help=f"that channels are looked for in (default: {var.OBSERVED})",
+    )
+    add(
+        "--peak",
+        type=_number("a number above 1", lambda x: x > 1),
+        default=var.PEAK,
+        metavar="RMS",
+        help=f"root mean squares that tokens have to stand out by (default: {var.PEAK:g})",
+    )
+
+
+def _add_gift(methods: Commands) -> argparse.ArgumentParser:
+    parser = methods.add_parser("gift", help="the layer of the saliency map and its strength")
+    add = parser.add_argument
+    add(
+        "--probe-alpha",
+        type=_number("a number above 0, up to 10", lambda x: 0 < x <= 10),
+        default=gift.PROBE,
+        metavar="ALPHA",
+        help=f"that every layer is probed with (default: {gift.PROBE:g})",
+    )
+    add(
+        "--grid",
+        type=_numbers("numbers from 0 to 10", lambda x: 0 <= x <= 10),
+        default=gift.GRID,
+        metavar="ALPHA,...",
+        help="alphas to choose from (default: 1 to 8)",
+    )
+    return _with_common(parser)
+
+
 def _with_common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="FILE.jsonl", help="labelled samples")
@@ -128,6 +206,13 @@ def _with_common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     add_asking(parser, CONCURRENCY)
     return parser
+
+
+def _channels(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"numbers of channels are needed, not {text!r}")
+    return tuple(sorted(set(map(int, numbers))))
 
 
 def _number(allowed: str, fits: Callable[[float], bool]) -> Callable[[str], float]:

@@ -1,36 +1,19 @@
-"""What a command line asks to search: method, data, samples, settings."""
+"""What a command line asks to search: data, samples, settings."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from calibrators.profiles import SUFFIX, ModelIdentity
+from calibrators.profiles import SUFFIX
 from calibrators.settings import Name
 from server.evaluation.command import Unusable
 from server.evaluation.samples import Dataset, Sample, Scoring, draw, read
-from server.profiling import act, zerotuning
-from server.profiling.search import ACCURACY, Objective, Search
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A search, ready to run.
-
-    Attributes:
-        search: not begun.
-        objective: what makes one of its candidates better than another.
-        settings: of the plan.
-    """
-
-    search: Search
-    objective: Objective
-    settings: Mapping[str, Any]
+from server.profiling.method import SEEING
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +37,15 @@ class Task:
         """The task of parsed flags.
 
         Raises:
-            DataError: the data cannot be used, or a split is empty.
-            Unusable: the profile would not be one, or is there already.
+            DataError: the data cannot be used, lacks images that the method needs, or a split is
+                empty.
+            Unusable: the profile would not be one, or is there already, or a model is needed.
         """
         _check_out(args.out)
+        _check_model(args)
         unlabelled = args.method == "zerotuning" and args.unsupervised
-        data, seed = read(args.data, unlabelled=unlabelled), args.seed
+        data = read(args.data, unlabelled=unlabelled, images=args.method in SEEING)
+        seed = args.seed
         return cls(
             args,
             data,
@@ -91,31 +77,6 @@ class Task:
             "serve_flags": self.args.serve_flags,
         }
 
-    def method(self, model: ModelIdentity) -> Method:
-        """The search of the method for a model.
-
-        Raises:
-            Unusable: the model has too few layers.
-        """
-        args = self.args
-        if args.method == "zerotuning":
-            tuning = zerotuning.Plan(
-                model.query_heads, args.probe_gamma, args.top, args.grid, args.unsupervised
-            )
-            return Method(zerotuning.search(tuning), tuning.objective, asdict(tuning))
-        if model.layers <= act.FIRST_LAYER:
-            raise Unusable(f"act searches layers {act.FIRST_LAYER} and above; there are none")
-        plan = act.Plan(
-            layers=model.layers,
-            heads=model.query_heads,
-            probe=args.probe_beta,
-            screen=args.screen,
-            screen_samples=args.screen_samples,
-            grid=args.grid,
-            alpha=args.alpha,
-        )
-        return Method(act.search(plan), ACCURACY, asdict(plan))
-
 
 def _check_out(out: Path) -> None:
     """Refuse before hours of work what could not be written after them."""
@@ -133,3 +94,12 @@ def _check_out(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Unusable(f"--out {out}: {error.strerror}") from None
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    if args.method not in SEEING or args.model is not None:
+        return
+    if args.url is None:
+        raise Unusable(f"--model is needed: {args.method} is for models that take images")
+    if args.method == "var" and args.sink_dims is None:
+        raise Unusable("--model is needed, to look for its sinks; --sink-dims does without")

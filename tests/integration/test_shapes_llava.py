@@ -13,9 +13,12 @@ import pytest
 import examples.shapes_llava
 from benchmarks import hallucination
 from benchmarks.answers import Asker, Question, body_of
+from calibrators.profiles import load
+from examples.shapes_llava import samples
 from examples.shapes_llava.ask import Model
 from examples.shapes_llava.questions import DESCRIBE
 from examples.shapes_llava.scenes import draw, scenes
+from server import cli
 from server.models import VISION_MODEL, prepare
 from tests.integration.serving import Server, serving
 
@@ -84,3 +87,27 @@ def test_the_benchmark_tells_methods_from_plain(server, tmp_path, capsys):
     assert (var["skipped"], vhr["skipped"]) == (0, 0)
     assert any(change["value"] for change in vhr["differences"].values())
     assert "minus plain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [("var", ["--sink-dims", "19,44", "--tau", "5", "--rhos", "0,0.9"]), ("gift", [])],
+    ids=["var", "gift"],
+)
+def test_profiles_are_searched_for(server, questions, tmp_path, method, flags):
+    data, out = tmp_path / "shapes.jsonl", tmp_path / "found.json"
+    samples.main(["--scenes", "4", "--out", str(data)])
+    argv = ["profile", method, "--data", str(data), "--out", str(out), "--url", server.url]
+
+    assert cli.main([*argv, "--model", VISION_MODEL, "--grid", "0.4,1", *flags]) == 0
+
+    found = load(out)
+    assert (found.method, found.model.layers, found.model.query_heads) == (method, 8, 6)
+    assert found.provenance.split.model_dump() == {"seed": 0, "search": 4, "report": 4}
+    probed = found.provenance.search["stages"][0]["candidates"]
+    assert len({scores["margin"] for scores in probed.values()}) > 1
+    with server.client() as client:
+        body = body_of(questions[1], VISION_MODEL, {"method": method, **found.parameters})
+        (entry,) = client.post("/v1/chat/completions", json=body).json()["calibration"]["applied"]
+    assert entry["params"] | found.parameters == entry["params"]
+    assert entry["skipped"] is None

@@ -160,3 +160,36 @@ def test_a_limit_draws_by_the_seed_and_keeps_the_order(write):
     assert draw(samples, 5, seed=1) == drawn
     assert draw(samples, 5, seed=2) != drawn
     assert draw(samples, None) == draw(samples, 99) == samples
+
+
+SEEN = {"type": "image_url", "image_url": {"url": "data:,"}}
+
+
+def test_chats_with_images(write):
+    second = [{"role": "system", "content": "Look."}, {"role": "user", "content": [SEEN]}]
+    data = read(write(CHAT | {"messages": second}), images=True)
+    assert data.samples[0].messages[1]["content"] == [SEEN]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        QUESTION,
+        CHAT,
+        CHAT | {"messages": [{"role": "user", "content": [{"type": "text", "text": "Is it?"}]}]},
+        CHAT | {"messages": [{"role": "user", "content": [SEEN | {"image_url": "data:,"}]}]},
+        CHAT | {"messages": [{"role": "user", "content": [SEEN | {"image_url": {}}]}]},
+    ],
+    ids=["text", "chat", "parts", "no object", "no url"],
+)
+def test_a_line_without_an_image_is_refused_where_one_is_needed(write, line):
+    seen = CHAT | {"messages": [{"role": "user", "content": [SEEN]}]}
+    file = write(
+        seen
+        | {"labels": line.get("labels"), "choices": line.get("choices")}
+        | {"answer": line["answer"]},
+        line,
+    )
+    assert len(read(file).samples) == 2
+    with pytest.raises(DataError, match=r"data\.jsonl:2: no message has a part with an image_url"):
+        read(file, images=True)

@@ -18,26 +18,30 @@ IDENTITY = {
     "layers": 4,
     "query_heads": 6,
 }
+METHODS = "zerotuning", "act", "var", "gift"
 GETS = {
     "/v1/models": {"data": [{"id": "tiny", "root": "/models/tiny"}]},
     "/version": {"version": "0.1", "vllm_version": "0.32"},
-    "/v1/calibrators": {"data": [{"id": "zerotuning"}, {"id": "act"}]},
+    "/v1/calibrators": {"data": [{"id": name} for name in METHODS]},
+    **{f"/v1/calibrators/{name}": {"id": name, "unavailable_reason": None} for name in METHODS},
     "/v1/calibration/profiles": {"data": [], "model": IDENTITY},
 }
 
 
 class FakeServer:
-    """Answers prompts that are numbers: rightly where they are below the model's strength.
+    """Answers texts that are numbers: rightly where they are below the model's strength.
 
     Args:
         heads: effects of ZeroTuning by head.
         pairs: effects of ACT by (layer, head).
+        sight: effect of VAR and GIFT, a function of the calibration.
         fail_at: number of the completion that is an error of the server.
         interrupt_at: number of the completion during which the user presses Ctrl-C.
     """
 
-    def __init__(self, heads=None, pairs=None, *, fail_at=None, interrupt_at=None):
+    def __init__(self, heads=None, pairs=None, *, sight=None, fail_at=None, interrupt_at=None):
         self._effects = heads or {}, pairs or {}
+        self._sight = sight
         self._fail_at, self._interrupt_at = fail_at, interrupt_at
         self.documents = dict(GETS)
         self.asked = Counter()
@@ -53,7 +57,7 @@ class FakeServer:
         if request.method == "GET":
             return httpx.Response(200, json=self.documents[request.url.path])
         body = json.loads(request.content)
-        self.asked[json.dumps([body["prompt"], body["calibration"], "logprobs" in body])] += 1
+        self.asked[json.dumps([question(body), body["calibration"], "logprobs" in body])] += 1
         if self.asked.total() == self._fail_at:
             return httpx.Response(500, json={"error": {"message": "out of memory"}})
         if self.asked.total() == self._interrupt_at:
@@ -62,8 +66,9 @@ class FakeServer:
 
     def _answer(self, body):
         calibration = None if body["calibration"] == "none" else body["calibration"]
-        right = float(body["prompt"]) < 0.5 + self._strength(calibration)
-        choice = {"text": "yes" if right else "no"}
+        right = float(question(body)) < 0.5 + self._strength(calibration)
+        text = "yes" if right else "no"
+        choice = {"text": text, "message": {"content": text}}
         if "logprobs" in body:
             certainty = -1 / (2 + self._strength(calibration))
             choice["logprobs"] = {"top_logprobs": [{"token_id:1": certainty}]}
@@ -72,6 +77,8 @@ class FakeServer:
 
     def _strength(self, calibration):
         heads, pairs = self._effects
+        if calibration is not None and calibration["method"] in ("var", "gift"):
+            return self._sight(calibration)
         act = calibration is not None and calibration["method"] == "act"
         return sink_strength(calibration, pairs) if act else strength(calibration, heads)
 
@@ -80,3 +87,10 @@ class FakeServer:
         statistics = {"sink_mass_before": 0.25} if calibration["method"] == "act" else {}
         applied = {"method": calibration["method"], "prompt_tokens": 1, "statistics": statistics}
         return {"digest": "d", "applied": [applied]}
+
+
+def question(body):
+    """The text that is asked about."""
+    if "prompt" in body:
+        return body["prompt"]
+    return next(part["text"] for part in body["messages"][-1]["content"] if "text" in part)

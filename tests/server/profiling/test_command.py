@@ -5,41 +5,10 @@ import pytest
 
 from calibrators.profiles import load
 from server import cli
-from server.profiling import command
 from tests.server.profiling.fake_server import FakeServer
 
 HEADS = {3: 0.3}
 PAIRS = {(2, 1): 0.2, (3, 4): 0.1}
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Forty samples whose difficulties are spread evenly over either split."""
-    lines = [
-        {"prompt": f"{(i // 2 + 0.5) / 20}", "answer": "yes", "choices": ["yes", "no"]}
-        | {"id": f"s{i}", "split": ("search", "report")[i % 2]}
-        for i in range(40)
-    ]
-    # The same number in both splits would be one sample.
-    for i in range(1, 40, 2):
-        lines[i]["prompt"] += "1"
-    file = tmp_path / "data.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file
-
-
-@pytest.fixture
-def profile(tmp_path, data, monkeypatch):
-    """Runs `trimtab profile` against a fake server; returns status and the profile's path."""
-
-    def run(server, *flags, method="zerotuning", name="found", url=True):
-        monkeypatch.setattr(command, "connected", server.connected)
-        out = tmp_path / f"{name}.json"
-        where = ["--url", "http://fake"] if url else []
-        argv = ["profile", method, "--data", str(data), "--out", str(out), *where, *flags]
-        return cli.main(argv), out
-
-    return run
 
 
 def left(out):
@@ -284,7 +253,13 @@ def test_no_effect_is_told_and_what_was_measured_kept(profile, capsys):
         ("act", ["--probe-beta", "1.5"]),
         ("act", ["--grid", "nan"]),
         ("act", ["--screen", "0"]),
-        ("var", []),
+        ("var", ["--sink-dims", "7,x"]),
+        ("var", ["--tau", "0"]),
+        ("var", ["--peak", "1"]),
+        ("var", ["--probe-share", "0"]),
+        ("gift", ["--grid", "11"]),
+        ("gift", ["--probe-alpha", "0"]),
+        ("vhr", []),
     ],
 )
 def test_flags_that_make_no_search(method, flags, capsys):
