@@ -51,7 +51,6 @@ class Admission:
         default: `calibration` of requests that say nothing.
         limit: calibrations per request at most.
         step: the most tokens of one prompt that a step takes; None for any number.
-        ranks: tensor-parallel ranks.
 
     Raises:
         ProfileError: a profile is for another model, or its parameters are not admissible.
@@ -70,7 +69,6 @@ class Admission:
         default: object = None,
         limit: int = 2,
         step: StepLimit | None = None,
-        ranks: int = 1,
     ) -> None:
         self.calibrators = calibrators
         self.facts = facts
@@ -79,7 +77,6 @@ class Admission:
         self._model = model
         self._limit = limit
         self._step = step
-        self._ranks = ranks
         for profile in self.profiles.values():
             self._check_profile(profile)
         self._settled = {name: self._settle(preset) for name, preset in self.presets.items()}
@@ -267,11 +264,6 @@ class Admission:
             reason = "observes what is not known in time with the prompt cut as it asks"
         elif peaks and not calibrator.touches_prompt_kv:
             reason = "observes the residual stream of prompts whose cached KV it shares with others"
-        elif peaks and self._ranks > 1:
-            reason = (
-                "observes the residual stream, which was not tested on several tensor-parallel "
-                "ranks: serve without --tensor-parallel-size"
-            )
         else:
             return None
         return f"{calibrator.title} {reason}"

@@ -48,7 +48,6 @@ def offer(
             default=settings.default_calibration,
             limit=settings.max_calibrations_per_request,
             step=step_limit(config),
-            ranks=config.parallel_config.tensor_parallel_size,
         )
         names = aliases(models, admission.presets)
     except ProfileError as error:

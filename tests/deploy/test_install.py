@@ -279,4 +279,5 @@ def test_make_test_ends_with_pytest():
         capture_output=True,
         text=True,
     )
-    assert done.stdout.splitlines()[-1] == ".venv/bin/pytest -n 2 --dist loadgroup -k x"
+    tests = '.venv/bin/pytest -n 2 --dist loadgroup -m "not long" -k x'
+    assert done.stdout.splitlines()[-1] == tests

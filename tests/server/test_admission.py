@@ -221,16 +221,6 @@ def test_peaks_of_cached_kv_that_all_share_are_refused(make_admission, observing
     assert "cached KV" in refusal.message
 
 
-def test_heads_of_several_ranks_are_observed(make_admission, observing):
-    make_admission(observing(ColumnMeans(0)), ranks=2).admit("needy")
-
-
-def test_peaks_on_several_ranks_are_refused(make_admission, observing):
-    refusal = refused("needy", make_admission(observing(ResidualPeaks(0, (1,))), ranks=2))
-    assert (refusal.reason, refusal.method) == ("unsupported_feature", "needy")
-    assert "--tensor-parallel-size" in refusal.message
-
-
 @pytest.mark.parametrize(
     ("names", "what"),
     [

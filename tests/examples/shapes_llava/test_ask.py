@@ -1,10 +1,11 @@
 """The embedded checkpoint, asked about fixed pictures."""
 
+import numpy as np
 import pytest
 
 from examples.shapes_llava.ask import Model
-from examples.shapes_llava.questions import DESCRIBE
-from examples.shapes_llava.scenes import SIZE, Kind, Scene, Thing, draw
+from examples.shapes_llava.questions import DESCRIBE, turns
+from examples.shapes_llava.scenes import SIZE, Kind, Scene, Thing, draw, scenes
 from server.models import VISION_MODEL, prepare
 
 
@@ -31,19 +32,15 @@ def test_checkpoint_is_small_and_of_the_usual_kind(model):
     assert config.text_config.head_dim % 32 == 0
 
 
-def test_fixed_questions_are_answered_right(model, picture):
-    expected = {
-        "Is there a red circle in the image?": "Yes",
-        "Is there a blue square in the image?": "Yes",
-        "Is there a green triangle in the image?": "No",
-        "How many objects are there?": "2",
-        "What colour is the square?": "Blue",
-        "What shape is the red object?": "Circle",
-        "Where is the red circle?": "Top left",
-        DESCRIBE: "There is a red circle and a blue square.",
-    }
+def test_most_questions_about_usual_scenes_are_answered_right(model):
+    rng = np.random.default_rng(1)
+    asked = [(draw(scene), turn) for scene in scenes(1, 40) for turn in turns(scene, rng, 4)]
 
-    assert model.answers([picture] * len(expected), list(expected)) == [*expected.values()]
+    answers = model.answers([shown for shown, _ in asked], [turn.question for _, turn in asked])
+
+    right = sum(answer == turn.answer for answer, (_, turn) in zip(answers, asked, strict=True))
+    # docs/hallucination.md has the figures.
+    assert right / len(asked) > 0.78
 
 
 def test_answers_do_not_depend_on_the_batch(model, picture):

@@ -40,9 +40,8 @@ def test_a_method_the_model_cannot_use_says_why(with_vision, modality, available
         assert "Seeing needs a model that takes images" in shown["unavailable_reason"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_observations_by_head_go_with_any_number_of_ranks(make_app, ranks):
-    shown = TestClient(make_app(ranks=ranks)).get("/v1/calibrators/act").json()
+def test_defaults_are_those_for_the_served_model(make_app):
+    shown = TestClient(make_app()).get("/v1/calibrators/act").json()
     assert shown["defaults"]["layers"] == [2, 3]
     assert (shown["available"], shown["unavailable_reason"]) == (True, None)
 

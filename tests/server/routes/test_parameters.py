@@ -108,13 +108,10 @@ def test_what_fits_is_admitted(facts, name, field):
 
 @pytest.mark.parametrize(("name", "field"), FIELDS, ids=IDS)
 def test_what_does_not_is_refused_by_name(post, engine, name, field):
-    seconds = []
-
     @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(value=HOSTILE)
     def check(value):
         response = post({"method": name, **BESIDE.get(name, {}), field: value})
-        seconds.append(response.elapsed.total_seconds())
         assert response.status_code in (200, 400), response.text
         if not fits(name, field, value):
             error = response.json()["error"]
@@ -124,7 +121,6 @@ def test_what_does_not_is_refused_by_name(post, engine, name, field):
             assert len(response.content) <= 4096
 
     check()
-    assert sorted(seconds)[len(seconds) // 2] < 0.05
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
