@@ -5,48 +5,13 @@ Untyped, because numba compiles each function per argument types; shapes are tho
 """
 
 import numpy as np
-from numba import njit, prange, types
-from numba.extending import overload
+from numba import njit, prange
 
-from server.kernels.cpu_elements import FASTMATH, power, widen
+from server.kernels.cpu_elements import FASTMATH, INNER, power
+from server.kernels.cpu_fold import unpack, unpacked_page
+from server.kernels.cpu_stretch import QUERIES, score_many
 from server.kernels.cpu_tiles import buffer_for, chosen_heads, load, seen_by
 from server.kernels.partials import TILE
-
-
-def _channels(queries, i, x):
-    raise NotImplementedError
-
-
-@overload(_channels, inline="always")
-def _channels_for(queries, i, x):
-    """Query `i` in float32, channel by channel."""
-    if queries.dtype == types.uint32:
-
-        def channels(queries, i, x):
-            for d in range(queries.shape[1]):
-                x[2 * d] = np.uint32(queries[i, d] << np.uint32(16)).view(np.float32)
-                x[2 * d + 1] = np.uint32(queries[i, d] & np.uint32(0xFFFF0000)).view(np.float32)
-
-    else:
-
-        def channels(queries, i, x):
-            for d in range(x.shape[0]):
-                x[d] = queries[i, d]
-
-    return channels
-
-
-@njit(inline="always")
-def _products(x, page, score):
-    """`score[j] = x . page[:, j]`, four channels at a time: fewer trips to memory."""
-    for j in range(page.shape[1]):
-        score[j] = 0
-    for d in range(0, page.shape[0], 4):
-        a, b, c, e = x[d], x[d + 1], x[d + 2], x[d + 3]
-        for j in range(page.shape[1]):
-            score[j] += (
-                a * page[d, j] + b * page[d + 1, j] + c * page[d + 2, j] + e * page[d + 3, j]
-            )
 
 
 @njit(inline="always")
@@ -72,6 +37,19 @@ def _add_row(score, seen, i, start, numbers, lse, column):
 
 
 @njit(inline="always")
+def _add_tile(queries, count, seen, part, page, numbers, scores, lse, column):
+    """Add the probabilities of a tile's queries; `part` is `(begin, heads, start of the page)`."""
+    begin, heads, start = part
+    for first in range(0, count, QUERIES):
+        number = min(QUERIES, count - first)
+        score_many(queries, first, number, page, scores.shape[1], scores)
+        for q in range(number):
+            i = first + q
+            r, c = begin + i // heads.shape[0], i % heads.shape[0]
+            _add_row(scores[q], seen, i, start, numbers, lse[r, heads[c]], column[c])
+
+
+@njit(inline="always")
 def _last_tile(slot, tiles, t):
     """One past the last tile of the slot that tile `t` belongs to."""
     last = t + 1
@@ -83,13 +61,20 @@ def _last_tile(slot, tiles, t):
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
 def serial(task, tasks, query, stride, pages, head_dim, block_table, rows, heads, model, lse, out):
     """Every `tasks`-th pair of a page of keys and a KV head from `task` on; see `parallel`."""
-    request, slot, position, tiles = rows[1:]
-    kv_heads, block = pages.shape[1], pages.shape[3] // head_dim
-    group = out.shape[0] // kv_heads
+    group, block = out.shape[0] // pages.shape[1], pages.shape[3] // head_dim
     queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group, 0)
-    page, column = np.empty((head_dim, block), np.float32), np.empty((group, block), np.float64)
-    x, score = np.empty(head_dim, np.float32), np.empty(block, np.float32)
-    every, index = np.empty(group, np.int64), -1
+    page, scores = unpacked_page(head_dim, block, 1)[0], np.empty((QUERIES, block), np.float32)
+    given = page, scores, np.empty((group, block), np.float64), np.empty(group, np.int64)
+    of = query, stride, rows, heads, model
+    _sum_pages(task, tasks, of, pages, block_table, queries, seen, given, lse, out)
+
+
+@njit(**INNER)
+def _sum_pages(task, tasks, of, pages, block_table, queries, seen, given, lse, out):
+    query, stride, rows, heads, model = of
+    request, slot, position, tiles = rows[1:]
+    buffers, scores, column, every = given
+    kv_heads, (group, block), index = pages.shape[1], column.shape, -1
     for t in range(tiles.shape[0] - 1):
         at = tiles[t]
         if position[at] % block != 0:
@@ -100,10 +85,7 @@ def serial(task, tasks, query, stride, pages, head_dim, block_table, rows, heads
             if index % tasks != task or chosen.shape[0] == 0:
                 continue
             bits = pages[block_table[request[at], position[at] // block], kv, 0]
-            packed = bits.reshape(head_dim, block)
-            for d in range(head_dim):
-                for j in range(block):
-                    page[d, j] = widen(packed[d, j])
+            page = unpack(queries, bits.reshape(-1, block), buffers[0], buffers[1])
             column[:] = 0
             last = _last_tile(slot, tiles, t)
             for tile in range(t, last):
@@ -111,11 +93,8 @@ def serial(task, tasks, query, stride, pages, head_dim, block_table, rows, heads
                 count = load(query, stride, rows, begin, end, chosen, model, queries, seen)
                 if seen[3][0] >= position[at] + block:
                     break
-                for i in range(count):
-                    r, c = begin + i // chosen.shape[0], i % chosen.shape[0]
-                    _channels(queries, i, x)
-                    _products(x, page, score)
-                    _add_row(score, seen, i, position[at], model[0], lse[r, chosen[c]], column[c])
+                part = begin, chosen, position[at]
+                _add_tile(queries, count, seen, part, page, model[0], scores, lse, column)
             rest = tiles[last] - at
             for c in range(chosen.shape[0]):
                 for j in range(min(block, rest)):

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from server.kernels.cpu_elements import pair, power, widen
+from server.kernels.cpu_elements import INNER, pair, power, widen
 from server.kernels.cpu_llvm import LANES
 from server.kernels.cpu_vector import BLOCK, NARROW, QUERIES, fold, settle
 
@@ -16,16 +16,17 @@ from server.kernels.cpu_vector import BLOCK, NARROW, QUERIES, fold, settle
 UNPACK = 12
 
 
-def _unpack(queries, page, pairs, wide):
+def unpack(queries, page, pairs, wide):
+    """A page in the form that queries are multiplied with fastest."""
     raise NotImplementedError
 
 
-@overload(_unpack, inline="always")
+@overload(unpack, inline="always")
 def _unpack_for(queries, page, pairs, wide):
     """A page in the form `fold` reads fastest, in one of the buffers; or as it is, if float32."""
     if queries.dtype == types.uint32:
 
-        def unpack(queries, page, pairs, wide):
+        def form(queries, page, pairs, wide):
             for d in range(pairs.shape[0]):
                 for j in range(pairs.shape[1]):
                     pairs[d, j] = pair(page[2 * d, j], page[2 * d + 1, j])
@@ -33,18 +34,18 @@ def _unpack_for(queries, page, pairs, wide):
 
     elif page.dtype == types.float32:
 
-        def unpack(queries, page, pairs, wide):
+        def form(queries, page, pairs, wide):
             return page
 
     else:
 
-        def unpack(queries, page, pairs, wide):
+        def form(queries, page, pairs, wide):
             for d in range(wide.shape[0]):
                 for j in range(wide.shape[1]):
                     wide[d, j] = widen(page[d, j])
             return wide
 
-    return unpack
+    return form
 
 
 @njit(inline="always")
@@ -100,13 +101,38 @@ def unpacked_page(head_dim, block, kinds):
     )
 
 
-@njit
-def _mark(pools, start, marks):
-    """Mark what is pooled of the page at `start`, kind by kind; whether there is anything."""
-    keys, bounds, spans = pools
-    some, stop = False, start + marks.shape[1]
+@njit(**INNER)
+def many(block):
+    """Keys that pools have of a page, from which on all of it is left to `cpu_keys`."""
+    return max(block // 8, 4)
+
+
+@njit(**INNER)
+def pooled_keys(keys, bounds, spans, start, stop):
+    """How many of the keys `start..stop` pools have, of the kind of query of which they have most.
+
+    Pool `g` of kind `n` is `keys[bounds[n, g] : bounds[n, g + 1]]`, ascending, and
+    `spans[n, g, 0] <= key < spans[n, g, 1]`.
+    """
+    most = 0
     for kind in range(bounds.shape[0]):
-        marks[kind] = 0
+        some = 0
+        for g in range(spans.shape[1]):
+            a, b = bounds[kind, g], bounds[kind, g + 1]
+            if a < b and keys[a] < stop and keys[b - 1] >= start:
+                listed = keys[a:b]
+                some += np.searchsorted(listed, stop) - np.searchsorted(listed, start)
+            some += max(min(spans[kind, g, 1], stop) - max(spans[kind, g, 0], start), 0)
+        most = max(most, some)
+    return most
+
+
+@njit(**INNER)
+def _mark(pools, start, marks):
+    """Mark what is pooled of the page at `start`, kind by kind."""
+    keys, bounds, spans = pools
+    stop = start + marks.shape[1]
+    for kind in range(bounds.shape[0]):
         for g in range(spans.shape[1]):
             listed = keys[bounds[kind, g] : bounds[kind, g + 1]]
             low, high = np.searchsorted(listed, start), np.searchsorted(listed, stop)
@@ -115,18 +141,16 @@ def _mark(pools, start, marks):
             begin, end = max(spans[kind, g, 0], start), min(spans[kind, g, 1], stop)
             for key in range(begin, end):
                 marks[kind, key - start] = 1
-            some = some or low < high or begin < end
-    return some
 
 
-@njit(inline="always")
+@njit(**INNER)
 def fold_pages(queries, count, pages, table, kv, pools, numbers, seen, buffers, weigh):
     """Fold every page that some query of the tile sees; its values only if `weigh`.
 
-    `pools` is `(keys, bounds, spans)`: the logits of what it lists for a query's kind get the
-    query's bias. Pool `g` of kind `n` is `keys[bounds[n, g] : bounds[n, g + 1]]`, ascending, and
-    `spans[n, g, 0] <= key < spans[n, g, 1]`.
+    `pools` is `(keys, bounds, spans)` as of `pooled_keys`, and `limit`: the logits of what it has
+    for a query's kind get the query's bias. Pages of which it has so many keys are passed over.
     """
+    keys, bounds, spans, limit = pools
     head_dim = buffers[0][1].shape[0]
     block, (positions, first) = pages.shape[3] // head_dim, seen[2:4]
     final, begin, shape, marks = positions[count - 1], 0, (head_dim, block), buffers[2]
@@ -134,17 +158,22 @@ def fold_pages(queries, count, pages, table, kv, pools, numbers, seen, buffers, 
         start = index * block
         while positions[begin] < start:
             begin += 1
-        marked = _mark(pools, start, marks)
-        keys = pages[table[index], kv, 0].reshape(head_dim, block)
+        some = pooled_keys(keys, bounds, spans, start, start + block)
+        if some >= limit:
+            continue
+        marks[:] = 0
+        if some:
+            _mark((keys, bounds, spans), start, marks)
+        columns = pages[table[index], kv, 0].reshape(head_dim, block)
         values = pages[table[index], kv, 1].reshape(block, head_dim)
         if count - begin < UNPACK:
             following = pages[table[min(index + 1, final // block)], kv, 0]
-            given = keys, values, following.reshape(head_dim, block), marks, marked
+            given = columns, values, following.reshape(head_dim, block), marks, some > 0
             _fold_page(queries, given, seen, begin, count, start, shape, numbers, weigh)
         else:
-            near = _unpack(queries, keys, buffers[0][0], buffers[0][1])
-            beside = _unpack(queries, values, buffers[1][0], buffers[1][1]) if weigh else near
-            page = near, beside, near, marks, marked
+            near = unpack(queries, columns, buffers[0][0], buffers[0][1])
+            beside = unpack(queries, values, buffers[1][0], buffers[1][1]) if weigh else near
+            page = near, beside, near, marks, some > 0
             _fold_page(queries, page, seen, begin, count, start, shape, numbers, weigh)
 
 

@@ -93,9 +93,14 @@ def larger(builder: Any, x: Any, y: Any) -> Any:
 
 
 def power(builder: Any, x: Any) -> Any:
-    """`2^x`, NaN for NaN; below 2^-125 for x < -126; x must be below 126."""
+    """`2^x`, NaN for NaN, 0 for x < -126; x must be below 126.
+
+    What is hidden has a logit far below that. Anything but 0, times a value, would be a denormal
+    number, and those take a hundred times as long to add.
+    """
     low = each(-126.0)
-    y = builder.select(builder.fcmp_ordered("<", x, low), low, x)
+    below = builder.fcmp_ordered("<", x, low)
+    y = builder.select(below, low, x)
     whole = call(builder, "llvm.rint.v16f32", [y])
     f = builder.fsub(y, whole)
     result = each(_POWER[0])
@@ -103,7 +108,8 @@ def power(builder: Any, x: Any) -> Any:
         result = multiply_add(builder, result, f, each(coefficient))
     bits = ir.Constant(VI32, [23] * LANES)
     exponent = builder.shl(builder.fptosi(whole, VI32), bits)
-    return builder.bitcast(builder.add(builder.bitcast(result, VI32), exponent), VF32)
+    found = builder.bitcast(builder.add(builder.bitcast(result, VI32), exponent), VF32)
+    return builder.select(below, each(0.0), found)
 
 
 def across(builder: Any, x: Any, merge: Callable[[Any, Any, Any], Any]) -> Any:

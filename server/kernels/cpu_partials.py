@@ -12,34 +12,14 @@ Untyped, because numba compiles each function per argument types; shapes are tho
 import numpy as np
 from numba import njit, prange
 
-from server.kernels.cpu_elements import FASTMATH, power, widen
-from server.kernels.cpu_fold import fold_pages, log_sum_exp, unpacked_page
-from server.kernels.cpu_pools import shape
-from server.kernels.cpu_tiles import buffer_for, chosen_heads, dot, load, load_key, seen_by
-from server.kernels.cpu_vector import HEADROOM, LOWEST, settle
+from server.kernels.cpu_elements import FASTMATH, INNER, power
+from server.kernels.cpu_fold import fold_pages, log_sum_exp, many, unpacked_page
+from server.kernels.cpu_keys import measure, raise_peak
+from server.kernels.cpu_tiles import buffer_for, chosen_heads, load, seen_by
+from server.kernels.cpu_vector import LOWEST, settle
 from server.kernels.partials import TILE
 
-_HEADROOM = np.float32(HEADROOM)
 _LOWEST = np.float32(LOWEST)
-
-
-@njit(inline="always")
-def _raise_peak(x, i, peak, mass, value):
-    """Scale what was summed of query `i` where the logit `x` lies far above its peak; rare."""
-    if x > peak[i] + _HEADROOM:
-        scale = power(peak[i] - x)
-        peak[i] = x
-        for column in range(mass.shape[0]):
-            mass[column] *= scale
-            for d in range(value.shape[1]):
-                value[column, d] *= scale
-
-
-@njit(inline="always")
-def _add(p, v, mass, value, column):
-    mass[column] += p
-    for d in range(v.shape[0]):
-        value[column, d] += p * v[d]
 
 
 @njit(inline="always")
@@ -53,7 +33,11 @@ def _kinds(sets, chosen, count, offsets, spans, kind, bounds, reach, starts):
     for c in range(width):
         n = sets[chosen[c]]
         if c == 0 or n != sets[chosen[c - 1]]:
-            bounds[kinds], reach[kinds], starts[kinds] = offsets[n], spans[n], c
+            starts[kinds] = c
+            for g in range(offsets.shape[1]):
+                bounds[kinds, g] = offsets[n, g]
+            for g in range(spans.shape[1]):
+                reach[kinds, g, 0], reach[kinds, g, 1] = spans[n, g, 0], spans[n, g, 1]
             kinds += 1
         for i in range(c, count, width):
             kind[i] = kinds - 1
@@ -90,47 +74,6 @@ def _take_rest(seen, part, peak, m, u):
 
 
 @njit(inline="always")
-def _measure(queries, seen, kind, pages, table, kv, pool, numbers, given, m, u):
-    """Add a pool's keys to the sums of the queries of a kind.
-
-    `kind` is `(begin, end, heads, first and last + 1 of its heads)`; `pool` is `(column, weighted
-    column, keys, weights, span, above)`. Keys that are not above the threshold count with the rest.
-    """
-    begin, end, heads, low, high = kind
-    column, beside, keys, weights, span, above = pool
-    lse, peak, k, v = given
-    scale, cap, _ = numbers
-    positions, first, slopes = seen[2:5]
-    width, block = heads.shape[0], pages.shape[3] // v.shape[0]
-    final = positions[(end - begin) * width - 1]
-    start, stop = max(span[0], first[0]), min(span[1], final + 1)
-    within = max(stop - start, 0)
-    for n in range(within + keys.shape[0]):
-        key = start + n if n < within else np.int64(keys[n - within])
-        if key > final:
-            break
-        page, j = table[key // block], key % block
-        load_key(queries, pages[page, kv, 0], j, block, k)
-        for d in range(v.shape[0]):
-            v[d] = widen(pages[page, kv, 1, j * v.shape[0] + d])
-        weight = weights[n - within] if n >= within and weights.shape[0] else np.float32(0)
-        for r in range(begin, end):
-            for c in range(low, high):
-                i, h = (r - begin) * width + c, heads[c]
-                if key < first[i] or key > positions[i]:
-                    continue
-                distance = np.float32(key - positions[i])
-                x = shape(dot(queries, i, k) * scale, cap, slopes[i], distance)
-                _raise_peak(x, i, peak, m[r, h], u[r, h])
-                p = power(x - peak[i])
-                least = above[0] + above[1] / np.float32(positions[i] + 1)
-                counts = least < 0 or not power(min(x - lse[r, h], np.float32(0))) <= least
-                _add(p, v, m[r, h], u[r, h], column if counts else m.shape[2] - 1)
-                if counts and weight != 0:
-                    _add(weight * p, v, m[r, h], u[r, h], beside)
-
-
-@njit(inline="always")
 def _divide(part, pools, sinks, peak, m, u):
     """Divide all sums by the row's total; a learned sink, which has no value, is of the rest."""
     begin, end, heads = part
@@ -138,7 +81,7 @@ def _divide(part, pools, sinks, peak, m, u):
     for r in range(begin, end):
         for h in heads:
             if sinks.shape[0]:
-                _raise_peak(sinks[h], i, peak, m[r, h], u[r, h])
+                raise_peak(sinks[h], i, peak, m[r, h], u[r, h])
                 m[r, h, rest] += power(sinks[h] - peak[i])
             total = m[r, h, rest]
             for g in range(pools):
@@ -159,28 +102,53 @@ def _edges(begin, end, position, prompt, edges):
 
 @njit(inline="always")
 def _pools_in(group, pools):
-    """Buffers: bounds, spans and first head of each kind."""
+    """Buffers: bounds, spans, first head and set of each kind; heads; edges of a tile."""
     return (
         np.empty((group, pools + 1), np.int32),
         np.empty((group, pools, 2), np.int32),
         np.empty(group + 1, np.int64),
+        np.empty(group, np.int64),
+        np.empty(group, np.int64),
+        np.empty(3, np.int64),
+    )
+
+
+@njit(inline="always")
+def _sums_by(limit, head_dim, block, columns):
+    """Buffers: a peak per query, a key; of a page's keys owners, weights, logits, powers, owners
+    after thresholds, and powers by column."""
+    return (
+        np.empty(limit, np.float32),
+        np.empty(head_dim, np.float32),
+        np.empty(block, np.float32),
+        np.empty(block, np.float32),
+        np.empty(block, np.float32),
+        np.empty(block, np.float32),
+        np.empty(block, np.float32),
+        np.empty((columns, block), np.float32),
     )
 
 
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
 def serial(task, tasks, query, stride, pages, block_table, rows, pools, heads, model, lse, m, u):
     """Every `tasks`-th pair of a tile and a KV head from `task` on; see `parallel`."""
-    request, slot, position, tiles = rows[1:]
-    keys, offsets, weights, spans, above, sets, prompts = pools
-    kv_heads, head_dim, columns = pages.shape[1], u.shape[3], offsets.shape[1] - 1
-    group, weighted = m.shape[1] // kv_heads, m.shape[2] - 1 - columns
-    weigh = u.shape[2] > 0
+    kv_heads, head_dim, columns = pages.shape[1], u.shape[3], pools[1].shape[1] - 1
+    group, block = m.shape[1] // kv_heads, pages.shape[3] // head_dim
     queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group, head_dim)
-    buffers = unpacked_page(head_dim, pages.shape[3] // head_dim, group)
-    bounds, reach, starts = _pools_in(group, columns)
-    k, v = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
-    given = lse, np.empty(TILE * group, np.float32), k, v
-    every, edges = np.empty(group, np.int64), np.empty(3, np.int64)
+    buffers = unpacked_page(head_dim, block, group), _pools_in(group, columns)
+    given = lse, *_sums_by(TILE * group, head_dim, block, m.shape[2])
+    of = query, stride, rows, pools, heads, model
+    _divide_tiles(task, tasks, of, pages, block_table, queries, seen, buffers, given, m, u)
+
+
+@njit(**INNER)
+def _divide_tiles(task, tasks, of, pages, block_table, queries, seen, buffers, given, m, u):
+    query, stride, rows, pools, heads, model = of
+    request, slot, position, tiles = rows[1:]
+    offsets, spans, sets, prompts = pools[1], pools[3], pools[5], pools[6]
+    kv_heads, columns, weigh = pages.shape[1], offsets.shape[1] - 1, u.shape[2] > 0
+    bounds, reach, starts, own_sets, every, edges = buffers[1]
+    group, limit = every.shape[0], many(pages.shape[3] // u.shape[3])
     for index in range(task, (tiles.shape[0] - 1) * kv_heads, tasks):
         kv, at, end = index % kv_heads, tiles[index // kv_heads], tiles[index // kv_heads + 1]
         m[at:end, kv * group : (kv + 1) * group] = 0
@@ -195,20 +163,20 @@ def serial(task, tasks, query, stride, pages, block_table, rows, pools, heads, m
             part = begin, stop, chosen
             count = load(query, stride, rows, begin, stop, chosen, model, queries, seen)
             kinds = _kinds(own, chosen, count, offsets, spans, seen[7], bounds, reach, starts)
-            # Pooled keys are not of the rest: there is next to nothing of them in its sums.
+            # Pooled keys are not of the rest: with the lowest logit, nothing of them is.
             seen[6][:count] = _LOWEST
-            hidden = keys, bounds[:kinds], reach[:kinds]
-            fold_pages(queries, count, pages, table, kv, hidden, model[0], seen, buffers, weigh)
+            hidden = pools[0], bounds[:kinds], reach[:kinds], limit
+            fold_pages(queries, count, pages, table, kv, hidden, model[0], seen, buffers[0], weigh)
             if not weigh:
-                _write_log_sum_exps(seen, part, model[2], lse)
+                _write_log_sum_exps(seen, part, model[2], given[0])
                 continue
             _take_rest(seen, part, given[1], m, u)
             for n in range(kinds):
-                kind, first = (*part, starts[n], starts[n + 1]), own[chosen[starts[n]]]
-                for g in range(columns):
-                    a, b = bounds[n, g], bounds[n, g + 1]
-                    pool = g, g + weighted, keys[a:b], weights[a:b], reach[n, g], above[first, g]
-                    _measure(queries, seen, kind, pages, table, kv, pool, model[0], given, m, u)
+                own_sets[n] = own[chosen[starts[n]]]
+            ways = bounds[:kinds], reach[:kinds], starts, own_sets[:kinds]
+            measure(
+                queries, count, seen, part, pages, table, kv, ways, pools, model[0], given, m, u
+            )
             _divide(part, columns, model[2], given[1], m, u)
 
 

@@ -7,7 +7,7 @@ Untyped, because numba compiles each function per argument types; shapes are tho
 import numpy as np
 from numba import njit, prange
 
-from server.kernels.cpu_elements import FASTMATH, power, store, widen
+from server.kernels.cpu_elements import FASTMATH, INNER, power, store, widen
 from server.kernels.cpu_tiles import dot, load_key
 
 
@@ -78,6 +78,11 @@ def _neutral(factors, pools):
 def combine_serial(task, tasks, output, token, heads, value, factors, pools, finite):
     """Every `tasks`-th row from `task` on; see `combine_parallel`."""
     x = np.empty(output.shape[2], np.float32)
+    _combine_rows(task, tasks, output, token, heads, value, factors, pools, finite, x)
+
+
+@njit(**INNER)
+def _combine_rows(task, tasks, output, token, heads, value, factors, pools, finite, x):
     for r in range(task, token.shape[0], tasks):
         for h in range(output.shape[1]):
             if not heads[r, h] or _neutral(factors[r, h], pools):

@@ -7,7 +7,7 @@ Untyped, because numba compiles each function per argument types; shapes are tho
 import numpy as np
 from numba import njit, prange
 
-from server.kernels.cpu_elements import FASTMATH, power
+from server.kernels.cpu_elements import FASTMATH, INNER, power
 from server.kernels.cpu_pools import shape
 from server.kernels.cpu_tiles import buffer_for, chosen_heads, dot, load, load_key, seen_by
 from server.kernels.partials import TILE
@@ -18,11 +18,19 @@ def serial(
     task, tasks, query, stride, pages, head_dim, block_table, rows, heads, model, lse, keys, out
 ):
     """Every `tasks`-th pair of a tile and a KV head from `task` on; see `parallel`."""
-    request, slot, position, tiles = rows[1:]
-    kv_heads, block = pages.shape[1], pages.shape[3] // head_dim
-    group = out.shape[0] // kv_heads
+    group = out.shape[0] // pages.shape[1]
     queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group, 0)
-    every, k = np.empty(group, np.int64), np.empty(head_dim, np.float32)
+    given = np.empty(group, np.int64), np.empty(head_dim, np.float32)
+    of = query, stride, rows, heads, model
+    _measure_tiles(task, tasks, of, pages, block_table, queries, seen, given, lse, keys, out)
+
+
+@njit(**INNER)
+def _measure_tiles(task, tasks, of, pages, block_table, queries, seen, given, lse, keys, out):
+    query, stride, rows, heads, model = of
+    every, k = given
+    request, slot, position, tiles = rows[1:]
+    kv_heads, block, group = pages.shape[1], pages.shape[3] // k.shape[0], every.shape[0]
     (scale, cap, _), positions, first, slopes = model[0], seen[2], seen[3], seen[4]
     for index in range(task, (tiles.shape[0] - 1) * kv_heads, tasks):
         kv, begin, end = index % kv_heads, tiles[index // kv_heads], tiles[index // kv_heads + 1]

@@ -20,6 +20,7 @@ from server.kernels.cpu_llvm import (
     LANES,
     VF32,
     VI32,
+    at,
     each,
     load,
     load_float,
@@ -33,6 +34,8 @@ PAIRS = bool(llvm.get_host_cpu_features().get("avx512bf16"))
 # A matrix of 16 KiB is asked for this far ahead, and then the next.
 AHEAD = 4096
 CACHE_LINE = 64
+# Vectors of columns that are summed at a time, where there are as many; they come in twos.
+COLUMNS = 4
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,29 @@ def multiply(
     odd = builder.trunc(depth, ir.IntType(1))
     with builder.if_then(odd):
         _step(builder, rows, matrix, builder.lshr(depth, I64(1)), column, sums, single=True)
+
+
+def add_products(
+    builder: Any, rows: Rows, matrix: Matrix, depth: Any, sums: Any, starts: Sequence[Any]
+) -> None:
+    """Add `rows[:, :depth] @ matrix[:depth]` to rows of float32 `sums` that begin at `starts`."""
+
+    def add(column: Any, width: int) -> None:
+        found = accumulators(builder, len(starts), width)
+        multiply(builder, rows, matrix, column, depth, found)
+        for start, row in zip(starts, found, strict=True):
+            for v, accumulator in enumerate(row):
+                place = builder.add(builder.add(start, column), I64(LANES * v))
+                pointer = at(builder, sums, place, VF32)
+                total = builder.fadd(builder.load(pointer, align=4), builder.load(accumulator))
+                builder.store(total, pointer, align=4)
+
+    wide = builder.udiv(matrix.columns, I64(COLUMNS * LANES))
+    with cgutils.for_range(builder, wide) as loop:
+        add(builder.mul(loop.index, I64(COLUMNS * LANES)), COLUMNS)
+    column = builder.mul(wide, I64(COLUMNS * LANES))
+    with builder.if_then(builder.icmp_signed("<", column, matrix.columns)):
+        add(column, COLUMNS // 2)
 
 
 def _step(

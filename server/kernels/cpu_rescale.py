@@ -7,7 +7,7 @@ Untyped, because numba compiles each function per argument types; shapes are tho
 import numpy as np
 from numba import njit, prange
 
-from server.kernels.cpu_elements import FASTMATH, power, store, widen
+from server.kernels.cpu_elements import FASTMATH, INNER, power, store, widen
 from server.kernels.cpu_fold import fold_pages, log_sum_exp, unpacked_page
 from server.kernels.cpu_pools import found_in, measure
 from server.kernels.cpu_tiles import buffer_for, chosen_heads, load, seen_by
@@ -131,14 +131,25 @@ def serial(
     done,
 ):
     """Every `tasks`-th pair of a tile and a KV head from `task` on; see `parallel`."""
-    request, slot, tiles = rows[1], rows[2], rows[4]
-    keys, offsets = pools
-    kv_heads, head_dim = pages.shape[1], output.shape[2]
-    group = output.shape[1] // kv_heads
+    head_dim = output.shape[2]
+    group = output.shape[1] // pages.shape[1]
     queries, seen = buffer_for(query, TILE * group, head_dim), seen_by(TILE * group, head_dim)
     found = found_in(TILE * group, head_dim)
     buffers = unpacked_page(head_dim, pages.shape[3] // head_dim, 1)
     every, span = np.empty(group, np.int64), np.zeros((1, 1, 2), np.int32)
+    of, given = (query, stride, rows, pools, heads, model, factor, computed), (found, every, span)
+    _rescale_tiles(task, tasks, of, pages, block_table, queries, seen, buffers, given, output, done)
+
+
+@njit(**INNER)
+def _rescale_tiles(
+    task, tasks, of, pages, block_table, queries, seen, buffers, given, output, done
+):
+    query, stride, rows, pools, heads, model, factor, computed = of
+    request, slot, tiles = rows[1], rows[2], rows[4]
+    keys, offsets = pools
+    found, every, span = given
+    kv_heads, group = pages.shape[1], every.shape[0]
     for index in range(task, (tiles.shape[0] - 1) * kv_heads, tasks):
         kv, begin, end = index % kv_heads, tiles[index // kv_heads], tiles[index // kv_heads + 1]
         s, table = slot[begin], block_table[request[begin]]
@@ -152,7 +163,7 @@ def serial(
         count = load(query, stride, rows, begin, end, chosen, model, queries, seen)
         tile, pool = (rows[0], begin, end), keys[offsets[s, 0] : offsets[s, 1]]
         # Where the stock output is corrected, plain logits are what it takes.
-        biased = keys, offsets[s : s + 1] if computed[s] else offsets[:0], span
+        biased = keys, offsets[s : s + 1] if computed[s] else offsets[:0], span, np.int64(1 << 40)
         if computed[s]:
             _set_bias(tile, chosen, heads[s], factor[s], seen[6], done)
         fold_pages(queries, count, pages, table, kv, biased, model[0], seen, buffers, computed[s])

@@ -36,15 +36,13 @@ from server.kernels.cpu_llvm import (
     round_to_half,
     splat,
 )
-from server.kernels.cpu_product import Matrix, Rows, accumulators, multiply
+from server.kernels.cpu_product import Matrix, Rows, accumulators, add_products, multiply
 
 # Queries per call: with 4 vectors of keys, 24 accumulators, and 8 registers for the rest.
 QUERIES = 6
 # Vectors of keys where few are left, and in blocks that are no multiple of `BLOCK` keys.
 NARROW = 2
 BLOCK = 128
-# Vectors of channels whose values are summed at a time.
-CHANNELS = 4
 LOWEST = -3.0e38
 # Logits may lie this far above the running peak before sums are scaled anew: 2^64 of them, added
 # up, are far from the end of float32, and no digit is lost.
@@ -289,34 +287,8 @@ def _sum_values(
     data = builder.gep(arrays.values, [first])
     left = builder.sub(size, first)
     values = Matrix(arrays.page_type, data, numbers.head_dim, arrays.following, left)
-    wide = builder.udiv(numbers.head_dim, I64(CHANNELS * LANES))
-    with cgutils.for_range(builder, wide) as loop:
-        channel = builder.mul(loop.index, I64(CHANNELS * LANES))
-        _sum_channels(builder, arrays, numbers, rows, values, channel, depth, CHANNELS)
-    channel = builder.mul(wide, I64(CHANNELS * LANES))
-    with builder.if_then(builder.icmp_signed("<", channel, numbers.head_dim)):
-        _sum_channels(builder, arrays, numbers, rows, values, channel, depth, NARROW)
-
-
-def _sum_channels(
-    builder: Any,
-    arrays: _Arrays,
-    numbers: _Numbers,
-    rows: Rows,
-    values: Matrix,
-    channel: Any,
-    depth: Any,
-    width: int,
-) -> None:
-    found = accumulators(builder, len(rows.starts), width)
-    multiply(builder, rows, values, channel, depth, found)
-    for i, row in enumerate(found):
-        start = builder.mul(builder.add(numbers.row, I64(i)), numbers.head_dim)
-        for v, accumulator in enumerate(row):
-            place = builder.add(builder.add(start, channel), I64(LANES * v))
-            pointer = at(builder, arrays.sums, place, VF32)
-            total = builder.fadd(builder.load(pointer, align=4), builder.load(accumulator))
-            builder.store(total, pointer, align=4)
+    sums = [builder.mul(builder.add(numbers.row, I64(i)), numbers.head_dim) for i in range(queries)]
+    add_products(builder, rows, values, depth, arrays.sums, sums)
 
 
 @intrinsic
