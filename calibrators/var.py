@@ -184,22 +184,21 @@ class VAR:
         passed_over = (
             (visual <= 0)
             | (seen < parameters["min_visual_mass"])
-            | (1 - visual / torch.where(seen <= 0, 1.0, seen) < parameters["rho"])
+            | (others < parameters["rho"] * seen)
             | (others <= NOTHING)
         )
-        gain = share * (visual + text) / torch.where(passed_over, 1.0, others)
-        kept = 1 - share
+        moved, kept = share * (visual + text), 1 - share
+        gain = moved / torch.where(passed_over, 1.0, others)
+        selected = ~passed_over
         return Coefficients(
             rest=torch.ones_like(others),
             pools=torch.stack([kept, kept, 1 + gain], -1),
-            apply=~passed_over,
+            apply=selected,
             eligible=torch.ones_like(passed_over),
             statistics={
-                "selected_share": (~passed_over).to(others),
+                "selected_share": selected.float(),
                 "visual_nonsink_mass_before": others,
-                "visual_nonsink_mass_after": torch.where(
-                    passed_over, others, others + share * (visual + text)
-                ),
+                "visual_nonsink_mass_after": torch.where(passed_over, others, others + moved),
             },
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -64,6 +64,8 @@ def rewrite(
     """The quickest way a method allows; `complete` slots have all their rows in `rows`."""
     if across_heads(calibrator):
         return Recombining(calibrator, stack, rows, gather)
+    if not calibrator.pools:
+        return Scaling(calibrator, stack, rows)
     if stack.maps is not None and _rescales(type(calibrator)):
         return Rescaling(calibrator, stack, stack.maps, rows, complete)
     return Recombining(calibrator, stack, rows)
@@ -165,6 +167,56 @@ def _factors(result: Coefficients, masses: Masses) -> Tensor:
     return torch.cat([*each, result.rest.float().expand_as(masses.rest)[..., None]], -1)
 
 
+def _asked(
+    calibrator: Calibrator,
+    masses: Masses,
+    parameters: Mapping[str, Tensor],
+    heads: Tensor,
+    own: Callable[[Tensor], Tensor] = lambda per_head: per_head,
+) -> Change:
+    """What the calibrator answers, in the shapes and types of the kernels.
+
+    Those check nothing: whatever does not fit has to raise here.
+    """
+    shape = masses.rest.shape
+    result = calibrator.coefficients(masses, parameters)
+    touched = counted = heads
+    if result.apply is not None:
+        touched = counted = heads & own(result.apply.expand(shape))
+    if result.eligible is not None:
+        counted = heads & own(result.eligible.expand(shape))
+    factors = _factors(result, masses)
+    if result.scale is not None:
+        factors = factors * result.scale.float()[..., None]
+    statistics = result.statistics.items()
+    return Change(
+        touched.contiguous(),
+        counted,
+        own(factors).contiguous(),
+        {name: own(values.float().expand(shape)) for name, values in statistics},
+    )
+
+
+def _account(changes: Sequence[Change], finite: Tensor) -> Done:
+    """All layers of a step together."""
+    if not changes:
+        rows = len(finite)
+        return Done(finite.numpy(), np.zeros(rows, np.bool_), np.zeros(rows), {})
+    counted = torch.stack([change.counted for change in changes])
+    touched = torch.stack([change.touched for change in changes])
+    sums = {}
+    for name in changes[0].statistics:
+        values = torch.stack([change.statistics[name] for change in changes])
+        sums[name] = torch.where(counted, values, 0).sum((0, 2)).numpy()
+    rewritten = touched.any(2).any(0).numpy()
+    return Done(finite.numpy(), rewritten, counted.sum((0, 2)).numpy(), sums)
+
+
+def _in_order(rows: RowMap, stack: Stack) -> bool:
+    """A row per slot, as where all generate: tables are taken as they are."""
+    return np.array_equal(rows.arrays[2], np.arange(len(stack.programs)))
+
+
 @dataclass
 class Recombining:
     """Of any method: measure the pools, ask for coefficients, combine.
@@ -182,6 +234,7 @@ class Recombining:
 
     def __post_init__(self) -> None:
         self._slot = self.rows.slot.long()
+        self._direct = _in_order(self.rows, self.stack)
         self._finite = torch.ones(len(self._slot), dtype=torch.bool)
 
     def computed(self, layer: int) -> frozenset[int]:  # noqa: ARG002 - the same in all layers
@@ -190,7 +243,7 @@ class Recombining:
 
     def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
         """Rewrite one layer; a calibrator that raises fails its requests alone."""
-        partials = attention.pool_partials(self.stack.pools[layer])
+        partials = attention.pool_partials(self.stack.table(layer))
         mass = partials.mass if self.gather is None else self.gather(partials.mass)
         ask = partial(self._change, layer, mass, partials.pools)
         change = attempt(self.calibrator.name, ask)
@@ -201,30 +254,13 @@ class Recombining:
         self._changes.append(change)
 
     def _change(self, layer: int, mass: Tensor, pools: int) -> Change:
-        """Ask the calibrator, and have its answer in the shapes and types of the kernels.
-
-        Those check nothing: whatever does not fit has to raise here.
-        """
         tables = self.stack.parameters
-        parameters = {name: table[layer][self._slot] for name, table in tables.items()}
-        masses, shape = _masses(mass, pools), mass.shape[:2]
-        result = self.calibrator.coefficients(masses, parameters)
-        heads = self.stack.heads[layer][self._slot]
-        touched = counted = heads
-        if result.apply is not None:
-            touched = counted = heads & self._own(result.apply.expand(shape))
-        if result.eligible is not None:
-            counted = heads & self._own(result.eligible.expand(shape))
-        factors = _factors(result, masses)
-        if result.scale is not None:
-            factors = factors * result.scale.float()[..., None]
-        statistics = result.statistics.items()
-        return Change(
-            touched.contiguous(),
-            counted,
-            self._own(factors).contiguous(),
-            {name: self._own(values.float().expand(shape)) for name, values in statistics},
-        )
+        parameters = {name: self._by_row(table[layer]) for name, table in tables.items()}
+        heads = self._by_row(self.stack.heads[layer])
+        return _asked(self.calibrator, _masses(mass, pools), parameters, heads, self._own)
+
+    def _by_row(self, per_slot: Tensor) -> Tensor:
+        return per_slot if self._direct else per_slot[self._slot]
 
     def _own(self, per_head: Tensor) -> Tensor:
         """The part of this rank."""
@@ -232,16 +268,54 @@ class Recombining:
 
     def done(self) -> Done:
         """Add up the layers."""
-        rows = len(self._slot)
-        if not self._changes:
-            return Done(self._finite.numpy(), np.zeros(rows, np.bool_), np.zeros(rows), {})
-        counted = torch.stack([change.counted for change in self._changes])
-        touched = torch.stack([change.touched for change in self._changes])
-        sums = {name: self._sum(name, counted) for name in self._changes[0].statistics}
-        rewritten = touched.any(2).any(0).numpy()
-        return Done(self._finite.numpy(), rewritten, counted.sum((0, 2)).numpy(), sums)
+        return _account(self._changes, self._finite)
 
-    def _sum(self, statistic: str, counted: Tensor) -> npt.NDArray[Any]:
-        values = torch.stack([change.statistics[statistic] for change in self._changes])
-        total: npt.NDArray[Any] = torch.where(counted, values, 0).sum((0, 2)).numpy()
-        return total
+
+@dataclass
+class Scaling:
+    """Of a method without pools, whose whole row is the rest: that tells rows of a request apart by
+    nothing, so that the calibrator is asked once per request and layer, and not in every step.
+    """
+
+    calibrator: Calibrator
+    stack: Stack
+    rows: RowMap
+    _finite: Tensor = field(init=False)
+    _changes: list[Change] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._slot = self.rows.slot.long()
+        self._direct = _in_order(self.rows, self.stack)
+        self._finite = torch.ones(len(self._slot), dtype=torch.bool)
+
+    def computed(self, layer: int) -> frozenset[int]:  # noqa: ARG002 - the same in all layers
+        """None: the stock output is what is scaled."""
+        return frozenset()
+
+    def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
+        """Rewrite one layer; a calibrator that raises fails its requests alone."""
+        change = self.stack.scales.get(layer)
+        if change is None:
+            change = attempt(self.calibrator.name, partial(self._change, layer))
+        if change is None:
+            self._finite[:] = False
+            return
+        self.stack.scales[layer] = change
+        whole = attention.whole
+        touched, factors = change.touched, change.factors
+        if not self._direct:
+            touched, factors = touched[self._slot], factors[self._slot]
+        self._finite &= kernels.combine(output, self.rows, touched, whole, factors)
+        self._changes.append(change)
+
+    def _change(self, layer: int) -> Change:
+        heads = self.stack.heads[layer]
+        parameters = {name: table[layer] for name, table in self.stack.parameters.items()}
+        return _asked(self.calibrator, _masses(torch.ones(*heads.shape, 1), 0), parameters, heads)
+
+    def done(self) -> Done:
+        """Add up the layers."""
+        slot = self.rows.arrays[2]
+        own = _account(self._changes, torch.ones(len(self.stack.programs), dtype=torch.bool))
+        sums = {name: values[slot] for name, values in own.sums.items()}
+        return Done(self._finite.numpy(), own.rewritten[slot], own.count[slot], sums)

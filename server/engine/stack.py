@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class Stack:
         pools: per layer.
         maps: the same where all are plain and none will change; else None.
         active: layers in which any program is active.
+        scales: by layer, what a method without pools does to the requests, once it was asked.
     """
 
     programs: Sequence[Program]
@@ -36,6 +38,8 @@ class Stack:
     maps: Sequence[PoolMap] | None
     active: set[int]
     _changed: list[frozenset[int]] | None = None
+    _tables: dict[int, PoolTable] = field(default_factory=dict)
+    scales: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, programs: Sequence[Program]) -> Stack:
@@ -65,6 +69,15 @@ class Stack:
             self._changed = [frozenset(table.nonzero()[:, 0].tolist()) for table in tables]
         return self._changed
 
+    def table(self, layer: int) -> PoolTable:
+        """The pools of a layer in the general form."""
+        if layer not in self._tables:
+            pools = self.pools[layer]
+            if isinstance(pools, PoolMap):
+                pools = PoolTable.of(pools, self.heads[layer].shape[1])
+            self._tables[layer] = pools
+        return self._tables[layer]
+
     def renew(self, layer: int) -> None:
         """Stack a layer again, after a program was resolved in it or given up.
 
@@ -76,6 +89,8 @@ class Stack:
             rows = [program.parameters[name][layer] for program in self.programs]
             tables[layer] = torch.from_numpy(np.stack(rows))
         self.pools[layer] = _stacked(self.programs, layer)
+        self._tables.pop(layer, None)
+        self.scales.pop(layer, None)
         self.active.discard(layer)
         if any(program.active[layer] for program in self.programs):
             self.active.add(layer)

@@ -15,7 +15,7 @@ from calibrators import reference
 from calibrators.interface import Bound, Coefficients, LayerPlan, Masses, Pool, Prompt, Rows
 from calibrators.settings import CalibrationSettings
 from server.engine.agreement import settle
-from server.engine.batch import members
+from server.engine.batch import Member, members, row_map
 from server.engine.context import StepContext
 from server.engine.programs import HeadShard
 from server.engine.ranks import heads_across, united
@@ -307,11 +307,10 @@ def test_a_closed_form_is_of_one_head_and_not_used(add):
         name: ClassVar = "closed"
         rescales: ClassVar = "gamma"
 
-    programs = add("a", 4).programs
-    assert isinstance(
-        rewrite(Closed(), Stack.of(programs), SimpleNamespace(slot=torch.zeros(1)), frozenset()),
-        Recombining,
-    )
+    request = add("a", 4)
+    rows = row_map([Member(request, 0, 0, 0, 4)], request.programs)
+    way = rewrite(Closed(), Stack.of(request.programs), rows, frozenset())
+    assert isinstance(way, Recombining)
 
 
 class Group:

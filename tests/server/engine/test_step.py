@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from calibrators import reference
-from calibrators.interface import Coefficients, LayerPlan, Prompt, Span
+from calibrators.interface import Coefficients, LayerPlan, Pool, Prompt, Span
 from calibrators.interface import Rows as CalibratedRows
 from server.engine import rewrites, step
 from server.engine.batch import members
@@ -240,6 +240,29 @@ def test_weights_first_head_scale_last(make_table, extra_args, facts, bound, hea
     assert (weighting.prompt_tokens, weighting.count) == (12, 12)
 
 
+def test_a_method_without_pools_is_asked_once_per_layer(make_table, extra_args, facts, head_scale):
+    asked = []
+
+    def coefficients(self, masses, parameters):
+        asked.append(tuple(masses.rest.shape))
+        return type(head_scale).coefficients(self, masses, parameters)
+
+    method = type("Some", (type(head_scale),), {"coefficients": coefficients})()
+    table = make_table(method)
+    for name in "ab":
+        table.add(name, extra_args(method.bind(method.Settings(), facts)), Prompt(12), 0)
+    planner = Planner()
+    for tokens, lengths in (([12, 12], [12, 12]), ([1, 1], [13, 13]), ([1, 1], [14, 14])):
+        run = Step(table, ["a", "b"], lengths, tokens)
+        plan, stock = run.plan(planner), run.stock().float()
+        output = run.apply(plan, 1, stock.clone())
+        first = output[:12] if tokens[0] == 12 else output[:1]
+        assert (first != stock[: len(first)]).any()
+        plan.finish()
+    # Two requests, six heads.
+    assert asked == [(2, 6)]
+
+
 @pytest.mark.parametrize(
     ("eligible", "prompt_tokens", "count", "total"),
     [(None, 6, 6, 6 * 2.0), (True, 6, 3 * 12, 3 * 12 * 2.0), (False, 6, 0, 0)],
@@ -254,18 +277,21 @@ def test_statistics_are_over_eligible_rows_and_tokens_over_rewritten_ones(
         among = None if eligible is None else torch.full_like(apply, eligible)
         statistics = {"scale": torch.full_like(scale, 2.0)}
         rest = torch.ones_like(scale)
-        return Coefficients(
-            rest, scale=2 * rest, apply=apply, eligible=among, statistics=statistics
-        )
+        pools = torch.ones_like(masses.plain)
+        return Coefficients(rest, pools, None, 2 * rest, apply, among, statistics)
 
     def resolve(self, bound, layer, facts, prompt, observed):
         heads = np.arange(facts.query_heads) < 3
-        return LayerPlan(heads, {"scale": np.ones(6, np.float32)}) if layer == 1 else None
+        first = (Pool(np.arange(1)),)
+        return LayerPlan(heads, {"scale": np.ones(6, np.float32)}, first) if layer == 1 else None
 
     every = lambda self, bound, prompt: CalibratedRows()  # noqa: E731
     kind = type(head_scale)
     method = type(
-        "Some", (kind,), {"coefficients": coefficients, "resolve": resolve, "rows": every}
+        "Some",
+        (kind,),
+        # With a pool: a method without is asked once for all rows of a request.
+        {"coefficients": coefficients, "resolve": resolve, "rows": every, "pools": ("first",)},
     )
     table = make_table(method())
     table.add("a", extra_args(head_scale.bind(head_scale.Settings(), facts)), Prompt(12), 0)
