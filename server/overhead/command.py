@@ -140,19 +140,20 @@ def _told(results: Results) -> list[str]:
     """What is printed."""
     facts = results.facts
     where = "machine" if "machine" in facts else "client_machine"
+    remarks = results.remarks()
     low, high = facts["prompt_tokens"]["min"], facts["prompt_tokens"]["max"]
     read = f"{low}" if low == high else f"{low} to {high}"
-    beside = ", a picture among them" if facts["pictures"] else ""
+    picture = " with a picture" if facts["pictures"] else ""
     return [
         f"{facts['model']} on {facts['device']}, Trimtab {facts['versions']['trimtab']}, "
         f"vLLM {facts['versions']['vllm']}, server {facts['server']}, {facts['date']}",
         f"{where.replace('_', ' ')}: {machine.sentence(facts[where])}",
         f"{facts['rounds']} rounds of {facts['num_prompts']} requests, "
-        f"{facts['max_concurrency']} at a time, {read} prompt tokens{beside} and "
+        f"{facts['max_concurrency']} at a time, {read} prompt tokens{picture} and "
         f"{facts['output_tokens']} generated ones each, seed {facts['seed']}",
         "",
         results.table(),
         "",
-        *results.remarks(),
+        *(remarks and [*remarks, ""]),
         NOTES,
     ]

@@ -118,7 +118,7 @@ def test_a_model_that_takes_pictures_gets_some(bench, tmp_path):
     assert document["left_out"][0]["calibrator"] == "var"
     assert document["pictures"] is True
     assert document["prompt_tokens"]["min"] == PICTURE_TOKENS + 3
-    assert "prompt tokens, a picture among them and" in printed.out
+    assert "prompt tokens with a picture and" in printed.out
 
 
 def test_pictures_can_be_left_out(bench):
