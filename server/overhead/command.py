@@ -96,7 +96,9 @@ async def _serving(api: Api, args: argparse.Namespace) -> Api:
     """The server, once it is known to have the model that is wanted."""
     if args.url is None or args.model is None:
         return api
-    names = [member(entry, "id") for entry in member(await api.get("/v1/models"), "data")]
+    listed = member(await api.get("/v1/models"), "data")
+    # Names that stand for a preset have a parent, and are known to routes that calibrate alone.
+    names = [member(entry, "id") for entry in listed if entry.get("parent") is None]
     if args.model not in names:
         raise Unusable(f"--model {args.model}: the server at --url has {', '.join(names)}")
     return replace(api, model=args.model)

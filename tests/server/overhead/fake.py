@@ -51,7 +51,7 @@ class FakeServer:
 
     def facts(self, path):
         return {
-            "/v1/models": {"data": [{"id": "fake"}, {"id": "fake:preset"}]},
+            "/v1/models": {"data": [{"id": "fake"}, {"id": "fake:preset", "parent": "fake"}]},
             "/version": {"version": "1.2", "vllm_version": "3.4"},
             "/v1/calibrators": {"data": [self.entry(*each) for each in ENTRIES]},
         }[path]

@@ -173,7 +173,8 @@ def test_the_model_may_be_named(bench):
     [
         (["--calibration", '"none"'], "the baseline is always there"),
         (["--calibration", "act", "--calibration", '"act"'], "act: given twice"),
-        (["--model", "other"], "--model other: the server at --url has fake, fake:preset"),
+        (["--model", "other"], "--model other: the server at --url has fake"),
+        (["--model", "fake:preset"], "--model fake:preset: the server at --url has fake"),
         (["--", "--dtype", "float32"], "--dtype: the server at --url has its flags already"),
         (["--output", "/proc/nothing"], "--output /proc/nothing: "),
     ],
