@@ -150,7 +150,7 @@ def _told(results: Results) -> list[str]:
         f"{facts['model']} on {facts['device']}, Trimtab {facts['versions']['trimtab']}, "
         f"vLLM {facts['versions']['vllm']}, server {facts['server']}, {facts['date']}",
         f"{where.replace('_', ' ')}: {machine.sentence(facts[where])}",
-        f"{facts['rounds']} rounds of {facts['num_prompts']} requests, "
+        f"{facts['rounds']} x {facts['num_prompts']} requests, "
         f"{facts['max_concurrency']} at a time, {read} prompt tokens{picture} and "
         f"{facts['output_tokens']} generated ones each, seed {facts['seed']}",
         "",

@@ -65,7 +65,7 @@ def test_what_was_measured_is_said(bench):
     assert first.startswith("fake on cpu, Trimtab 1.2, vLLM 3.4, server at --url, 20")
     assert second.startswith("client machine: processor ")
     assert third == (
-        "2 rounds of 2 requests, 2 at a time, 6 prompt tokens and 3 generated ones each, seed 7"
+        "2 x 2 requests, 2 at a time, 6 prompt tokens and 3 generated ones each, seed 7"
     )
 
 
@@ -159,7 +159,7 @@ def test_a_server_that_shows_no_metrics_has_an_unknown_device(bench):
 def test_requests_in_a_round_and_at_a_time_are_two_things(bench):
     _, printed, fake = bench("--num-prompts", "5", "--calibration", "act")
     assert len(fake.requests) == 5 * 3 * 2
-    assert "of 5 requests, 2 at a time" in printed.out
+    assert " x 5 requests, 2 at a time" in printed.out
 
 
 def test_the_model_may_be_named(bench):
