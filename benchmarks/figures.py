@@ -4,39 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """A ratio measured several times.
-
-    Attributes:
-        middle: the figure to quote.
-        low: the smallest seen.
-        high: the largest seen.
-    """
-
-    middle: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.middle:.3f} ({self.low:.3f}..{self.high:.3f})"
-
-
-def paired(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
-    """Ratio of each pair of neighbouring measurements; their median is the figure.
-
-    Neighbours share whatever else the machine was doing, so that drift cancels.
-    """
-    ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+from server.overhead.spread import Spread, paired
 
 
 def of_medians(
     numerators: Sequence[Sequence[float]], denominators: Sequence[Sequence[float]]
-) -> Ratio:
+) -> Spread:
     """Ratio of the medians of all measurements; spread over the starts they came from.
 
     Args:
@@ -48,7 +22,7 @@ def of_medians(
         [statistics.median(start) for start in numerators],
         [statistics.median(start) for start in denominators],
     )
-    return Ratio(middle, min(starts.low, middle), max(starts.high, middle))
+    return Spread(middle, min(starts.low, middle), max(starts.high, middle))
 
 
 def _flat(groups: Iterable[Iterable[float]]) -> list[float]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import machine
 from benchmarks.figures import table
 from server.kernels import cpu
 from server.kernels.partials import (
@@ -25,6 +24,7 @@ from server.kernels.partials import (
     PoolMap,
     RowMap,
 )
+from server.overhead import machine
 
 BLOCK = 128
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64

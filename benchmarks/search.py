@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from benchmarks import machine
 from benchmarks.figures import table
 from benchmarks.servers import FLAGS, TRIMTAB, running
 from server import models
 from server.evaluation.api import Api, connected, member
 from server.evaluation.samples import Sample, draw, read
 from server.evaluation.scoring import Generate, Logprob, Scorer
+from server.overhead import machine
 from server.profiling import zerotuning
 from server.profiling.pairs import Pairs
 from server.profiling.questions import Answers

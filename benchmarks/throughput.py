@@ -24,11 +24,13 @@ from typing import Any
 
 import httpx
 
-from benchmarks import load, machine
-from benchmarks.figures import Ratio, of_medians, paired, table
+from benchmarks import load
+from benchmarks.figures import of_medians, table
 from benchmarks.load import Pictures, Prompts, Round, Shape, Source
 from benchmarks.servers import FLAGS, MAX_LENGTH, STOCK, TRIMTAB, Kind, running
 from server import models
+from server.overhead import machine
+from server.overhead.spread import Spread, paired
 
 SCENARIOS: Mapping[str, Shape] = {
     "decode-200": Shape(16, 200, 64),
@@ -94,8 +96,8 @@ class Comparison:
     name: str
     reference: list[float]
     measured: list[float]
-    throughput: Ratio
-    latency: Ratio | None = None
+    throughput: Spread
+    latency: Spread | None = None
     calibration_share: float | None = None
 
 

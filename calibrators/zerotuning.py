@@ -72,7 +72,7 @@ class ZeroTuningSettings(CalibrationSettings):
 
     method: Literal["zerotuning"] = "zerotuning"
     """Name of the calibrator."""
-    gamma: Gamma | None = None
+    gamma: Annotated[Gamma | None, Field(examples=[0.5])] = None
     """Factor on the attention to the first token, 0 < gamma <= 100; 1 changes nothing.
     Required unless a profile gives it: the best value depends on model and task."""
     layers: Layers = "all"

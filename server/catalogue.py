@@ -48,13 +48,14 @@ def _paragraph(calibrator: Calibrator) -> str:
         f"{calibrator.name}  {calibrator.title}, {calibrator.modality}",
         f"  paper: {calibrator.paper}",
     ]
-    for name, field in calibrator.Settings.model_fields.items():
-        if name in BASE:
-            continue
-        default = defaults(calibrator).get(name)
+    usual = defaults(calibrator)
+    own = {n: f for n, f in calibrator.Settings.model_fields.items() if n not in BASE}
+    width = max(map(len, own), default=0)
+    for name, field in own.items():
+        default = usual.get(name)
         shown = (
             "required" if field.is_required() else "" if default is None else f"default {default}"
         )
         description = " ".join((field.description or "").split())
-        lines.append(f"  {name:<10} {shown:<14} {description}")
+        lines.append(f"  {name:<{width}}  {shown:<14} {description}")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from calibrators import registry
 from server import __version__, catalogue, models
 from server.evaluation import flags
+from server.overhead.flags import add_bench
 from server.profiling.flags import add_profile
 from server.settings import add_calibrators
 
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--api-key", help="key of that server")
     doctor.set_defaults(run=_doctor)
     flags.add_eval(commands).set_defaults(run=_eval)
+    add_bench(commands).set_defaults(run=_bench)
     add_profile(commands, _profile)
     return parser
 
@@ -98,6 +100,12 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from server.evaluation import command
+
+    return command.main(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from server.overhead import command
 
     return command.main(args)
 

@@ -25,6 +25,8 @@ TIMEOUT = httpx.Timeout(120, connect=5)
 # Several hundred tokens fill blocks of the prefix cache, so that sharing them wrongly would show.
 PROMPT = "A ship of good size is steered by a rudder, and the rudder by a small tab. " * 20
 MAX_TOKENS = 8
+# That a tokenizer puts around a prompt.
+SPECIAL_TOKENS = 8
 METHOD = "zerotuning"
 STRONG = {"method": METHOD, "gamma": 0.3}
 NEUTRAL = {"method": METHOD, "gamma": 1.0}
@@ -91,7 +93,7 @@ class Server:
         """Send the fixed prompt."""
         body = {
             "model": self.model,
-            "prompt": PROMPT,
+            "prompt": self.prompt,
             "max_tokens": MAX_TOKENS,
             "temperature": 0,
             "logprobs": 3,
@@ -126,7 +128,17 @@ class Server:
     @cached_property
     def model(self) -> str:
         """Name of the served model."""
-        return str(member(_json(self.get("/v1/models")), "data", 0, "id"))
+        return str(member(self._model, "id"))
+
+    @cached_property
+    def prompt(self) -> str:
+        """The fixed prompt, shorter where a model takes little: no token is less than a letter."""
+        room = int(member(self._model, "max_model_len")) - MAX_TOKENS - SPECIAL_TOKENS
+        return PROMPT[: max(room, 1)]
+
+    @cached_property
+    def _model(self) -> object:
+        return member(_json(self.get("/v1/models")), "data", 0)
 
     @cached_property
     def plain(self) -> Completion:

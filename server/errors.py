@@ -127,6 +127,9 @@ async def handle_http_exception(_: Request, error: HTTPException) -> JSONRespons
 async def handle_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
     """Answer a body that does not fit the schema, naming the first offending field."""
     first = error.errors()[0]
+    if isinstance(first, str):
+        # vLLM's check of the content type raises the same error around a sentence.
+        first = {"type": "json_invalid", "msg": first}
     param = None if first["type"] == "json_invalid" else _path(first["loc"])
     status = HTTPStatus.BAD_REQUEST
     message = f"{param}: {first['msg']}" if param else str(first["msg"])

@@ -63,6 +63,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A whole number from 0."""
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"not a whole number: {text!r}")
+    return int(text)
+
+
 def seconds(text: str) -> float:
     """A time above 0."""
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -79,6 +79,27 @@ class Api:
         """A completion; plain where `calibration` is None."""
         return await self._answer("/v1/completions", calibration, body)
 
+    async def stream(
+        self, path: str, calibration: Calibration, **body: object
+    ) -> AsyncGenerator[Mapping[str, Any]]:
+        """The chunks of a streamed answer as they come; plain where `calibration` is None.
+
+        Raises:
+            ApiFailure: it is an error, or ends in one.
+        """
+        whole = {**self._whole(calibration, body), "stream": True}
+        try:
+            async with self.http.stream("POST", path, json=whole) as response:
+                if response.status_code != HTTPStatus.OK:
+                    await response.aread()
+                    raise _failure(response)
+                async for line in response.aiter_lines():
+                    if line.startswith("data: ") and line != "data: [DONE]":
+                        yield _chunk(line.removeprefix("data: "))
+        except httpx.TransportError as error:
+            reason = str(error) or type(error).__name__
+            raise ApiFailure(f"the request failed: {reason}") from None
+
     async def tokens(self, **body: object) -> list[int]:
         """Token ids of a `prompt` or of `messages`."""
         document = await self._post("/tokenize", {"model": self.model, **body})
@@ -89,20 +110,33 @@ class Api:
         return _document(await self.http.get(path))
 
     async def _answer(self, path: str, calibration: Calibration, body: Body) -> Answer:
-        field = OFF if calibration is None else calibration
-        whole = {"model": self.model, "temperature": 0, **body, "calibration": field}
-        document = await self._post(path, whole)
+        document = await self._post(path, self._whole(calibration, body))
         receipt = document.get("calibration") if isinstance(document, dict) else None
-        choice = member(document, "choices", 0)
+        return Answer(member(document, "choices", 0), self.checked(receipt, calibration))
+
+    def _whole(self, calibration: Calibration, body: Body) -> dict[str, Any]:
+        field = OFF if calibration is None else calibration
+        return {"model": self.model, "temperature": 0, **body, "calibration": field}
+
+    def checked(self, receipt: object, calibration: Calibration) -> Receipt | None:
+        """The receipt of an answer, None for a plain one, once it is what was asked for.
+
+        Args:
+            receipt: what the answer has under `calibration`, None where it has nothing.
+            calibration: that was asked for.
+
+        Raises:
+            ApiFailure: it is missing, names other methods, or is there on a plain answer.
+        """
         if calibration is None or calibration == OFF:
             if receipt is not None:
                 raise ApiFailure("a plain request came back calibrated")
-            return Answer(choice, None)
+            return None
         if receipt is None:
             raise ApiFailure("a calibrated request came back without a receipt")
-        return Answer(choice, self._checked(receipt, calibration))
+        return self._read(receipt, calibration)
 
-    def _checked(self, receipt: object, calibration: Calibration) -> Receipt:
+    def _read(self, receipt: object, calibration: Calibration) -> Receipt:
         """The receipt, once it names the methods that were asked for."""
         applied = member(receipt, "applied")
         named = [str(member(entry, "method")) for entry in applied]
@@ -204,13 +238,32 @@ def _document(response: httpx.Response) -> Any:  # noqa: ANN401 - JSON
     except ValueError:
         document = None
     if response.status_code != HTTPStatus.OK or document is None:
-        refused = response.status_code == HTTPStatus.BAD_REQUEST
-        kind = Refused if refused else ApiFailure
-        raise kind(_complaint(response, document))
+        raise _failure(response)
     return document
 
 
-def _complaint(response: httpx.Response, document: object) -> str:
+def _chunk(text: str) -> Mapping[str, Any]:
+    try:
+        chunk = json.loads(text)
+    except ValueError:
+        chunk = None
+    if not isinstance(chunk, dict):
+        raise ApiFailure(f"a stream has a chunk that is no JSON object: {text[:200]}")
+    if "error" in chunk:
+        raise ApiFailure(f"the stream ends with an error: {member(chunk, 'error', 'message')}")
+    return chunk
+
+
+def _failure(response: httpx.Response) -> ApiFailure:
+    refused = response.status_code == HTTPStatus.BAD_REQUEST
+    return (Refused if refused else ApiFailure)(_complaint(response))
+
+
+def _complaint(response: httpx.Response) -> str:
+    try:
+        document = response.json()
+    except ValueError:
+        document = None
     error = document.get("error") if isinstance(document, dict) else None
     if isinstance(error, dict) and error.get("message"):
         param = f"{error['param']}: " if error.get("param") else ""

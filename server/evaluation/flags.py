@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from server.flags import json_or_name, positive
+from server.flags import json_or_name, positive, whole
 
 MAX_TOKENS = 8
 CONCURRENCY = 8
@@ -75,16 +75,10 @@ def add_asking(parser: argparse.ArgumentParser, concurrency: int) -> None:
         metavar="N",
         help=f"samples under way at a time (default: {concurrency})",
     )
-    add("--seed", type=_whole, default=0, metavar="N", help="of splits, draws and intervals")
+    add("--seed", type=whole, default=0, metavar="N", help="of splits, draws and intervals")
     add(
         "serve_flags",
         nargs="*",
         metavar="-- FLAG",
         help="flags of trimtab serve for the server that is started",
     )
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"not a whole number: {text!r}")
-    return int(text)

@@ -1,9 +1,9 @@
 import pytest
 
 from benchmarks import throughput
-from benchmarks.figures import Ratio
 from benchmarks.load import Round
 from benchmarks.throughput import SCENARIOS, Comparison
+from server.overhead.spread import Spread
 
 
 def plan_of(tmp_path, *arguments):
@@ -18,15 +18,15 @@ def rounds(*seconds):
 def test_throughput_is_plain_seconds_over_calibrated_seconds():
     compared = throughput._compared("x", rounds(1.0, 1.0), rounds(2.0, 4.0), spent=1.5)
 
-    assert compared.throughput == Ratio(0.375, 0.25, 0.5)
-    assert compared.latency == Ratio(3.0, 2.0, 4.0)
+    assert compared.throughput == Spread(0.375, 0.25, 0.5)
+    assert compared.latency == Spread(3.0, 2.0, 4.0)
     assert compared.calibration_share == pytest.approx(0.25)
 
 
 def test_the_report_has_a_line_per_comparison():
     results = [
-        Comparison("plain-vs-stock", [1.0], [1.0], Ratio(1.0, 1.0, 1.0)),
-        Comparison("one", [1.0], [2.0], Ratio(0.5, 0.4, 0.6), Ratio(2.0, 2.0, 2.0), 0.123),
+        Comparison("plain-vs-stock", [1.0], [1.0], Spread(1.0, 1.0, 1.0)),
+        Comparison("one", [1.0], [2.0], Spread(0.5, 0.4, 0.6), Spread(2.0, 2.0, 2.0), 0.123),
     ]
     lines = throughput.report(results).splitlines()
 

@@ -1,6 +1,7 @@
 """Links lead somewhere, and pages that list what the code defines list all of it."""
 
 import re
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from calibrators.interface import ModelFacts
 from calibrators.profiles import load
 from server.admission import REASONS, Admission
 from server.errors import INVALID_CALIBRATION
+from server.evaluation.flags import add_eval
 from server.limits import table
 from server.metrics import OVERLOADED
+from server.overhead.flags import add_bench
 from server.presets import read
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +55,19 @@ def test_the_limits_page_has_the_table_of_the_code():
 @pytest.mark.parametrize("name", [*SCENARIOS, *IMAGES])
 def test_the_benchmarks_page_has_every_scenario(name):
     assert f"`{name}`" in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "add", "page"),
+    [("bench", add_bench, "benchmarks.md"), ("eval", add_eval, "evaluation.md")],
+)
+def test_pages_of_commands_have_every_flag_and_no_other(name, add, page):
+    commands = ArgumentParser(prog="trimtab").add_subparsers()
+    flags = set(re.findall(r"--[a-z-]+", add(commands).format_usage()))
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (usage,) = re.findall(rf"^    trimtab {name} (?:.*\n)+?\n", text, re.MULTILINE)
+
+    assert set(re.findall(r"--[a-z-]+", usage)) == flags
 
 
 def test_the_programs_in_the_readme_compile():

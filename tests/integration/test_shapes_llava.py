@@ -89,6 +89,22 @@ def test_the_benchmark_tells_methods_from_plain(server, tmp_path, capsys):
     assert "minus plain" in capsys.readouterr().out
 
 
+def test_what_methods_cost_is_measured_on_pictures(server, tmp_path):
+    file = tmp_path / "out.json"
+    flags = ["--url", server.url, "--output", str(file), "--rounds", "1", "--max-concurrency", "2"]
+    assert cli.main(["bench", *flags, "--input-len", "12", "--output-len", "3"]) == 0
+
+    document = json.loads(file.read_text(encoding="utf-8"))
+    named = [row["calibration"] for row in document["rows"]]
+    assert named == [None, {"method": "zerotuning", "gamma": 0.5}, "act", "gift", "vhr"]
+    ((left_out, reason),) = [each.values() for each in document["left_out"]]
+    assert left_out == "var" and "sink_dims" in reason
+    assert document["pictures"] and 64 < document["prompt_tokens"]["min"] < 110
+
+    argv = ["bench", *flags, "--output-len", "1", "--input-len", "12", "--calibration", VAR]
+    assert cli.main(argv) == 0
+
+
 @pytest.mark.parametrize(
     ("method", "flags"),
     [("var", ["--sink-dims", "19,44", "--tau", "5", "--rhos", "0,0.9"]), ("gift", [])],

@@ -1,4 +1,5 @@
 import json
+import re
 from typing import Annotated, Literal
 
 import pytest
@@ -6,6 +7,7 @@ from pydantic import Field
 
 from calibrators.act import ACT
 from calibrators.settings import CalibrationSettings
+from calibrators.var import VAR
 from calibrators.zerotuning import ZeroTuning
 from server import catalogue
 
@@ -74,6 +76,14 @@ def test_the_table_has_a_line_for_each_parameter(sample):
     assert lines[3].split()[1:3] == ["default", "0.25"]
     threshold = next(line for line in third.splitlines() if line.startswith("  threshold"))
     assert threshold.split()[1:3] == ["Mean", "attention"]
+
+
+def test_the_columns_of_a_calibrator_line_up():
+    lines = catalogue.table([VAR()]).splitlines()[2:]
+    starts = [re.match(r"  \w+ +(?=default)", line) for line in lines]
+    columns = {start.end() for start in starts if start}
+    assert len(columns) == 1
+    assert sum(map(bool, starts)) > 3
 
 
 def test_an_empty_table():

@@ -26,7 +26,15 @@ def run(*argv):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["calibrators"], ["models"], ["--version"], ["eval", "--help"]]
+    "argv",
+    [
+        ["--help"],
+        ["calibrators"],
+        ["models"],
+        ["--version"],
+        ["eval", "--help"],
+        ["bench", "--help"],
+    ],
 )
 def test_light_commands_import_nothing_heavy(argv):
     done = run(*argv)
@@ -50,7 +58,7 @@ def test_help_lists_the_commands(capsys):
         cli.main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    for command in ("serve", "models", "calibrators", "doctor", "eval"):
+    for command in ("serve", "models", "calibrators", "doctor", "eval", "profile", "bench"):
         assert re.search(rf"^    {command}\s+\w", out, re.MULTILINE)
 
 

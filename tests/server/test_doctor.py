@@ -12,8 +12,10 @@ DIGEST = "0123456789ab"
 class FakeServer:
     """Answers as a healthy server does, but for one flaw."""
 
-    def __init__(self, flaw=None):
+    def __init__(self, flaw=None, length=8192):
         self.flaw = flaw
+        self.model = {"id": "some-model", "max_model_len": length}
+        self.prompts = set()
         self.plain = 0
         self.calibrated = 0
 
@@ -31,11 +33,12 @@ class FakeServer:
             "/ready": httpx.Response(ready, json={"status": "ready"}),
             "/version": httpx.Response(200, json={"version": "1", "vllm_version": "2"}),
             "/v1/calibrators": httpx.Response(200, json={"data": [{"id": method}]}),
-            "/v1/models": httpx.Response(200, json={"data": [{"id": "some-model"}]}),
+            "/v1/models": httpx.Response(200, json={"data": [self.model]}),
         }[path]
 
     def complete(self, body):
         assert body["model"] == "some-model"
+        self.prompts.add(body["prompt"])
         calibration = body["calibration"]
         if calibration == "none":
             self.plain += 1
@@ -121,6 +124,15 @@ def test_a_healthy_server_passes_every_check(examine, flaw):
     assert verdicts == dict.fromkeys(TITLES, "ok")
     assert len(lines) == len(TITLES)
     assert any("others use this server" in line for line in lines) == (flaw is not None)
+
+
+@pytest.mark.parametrize("length", [200, 1024])
+def test_the_prompt_fits_into_a_model_that_has_a_token_for_each_letter(capsys, length):
+    fake = FakeServer(length=length)
+    with httpx.Client(transport=httpx.MockTransport(fake), base_url="http://server") as http:
+        assert doctor.examine(doctor.Server(http))
+    (prompt,) = fake.prompts
+    assert length - 32 < len(prompt) < length - doctor.MAX_TOKENS
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@ import json
 from http import HTTPStatus
 
 import pytest
-from fastapi import FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from server import errors
 from server.errors import MAX_MESSAGE, ApiError, envelope, in_our_envelope
@@ -28,6 +29,10 @@ def client():
 
     @app.post("/count")
     async def count(body: Body):
+        return body
+
+    @app.post("/typed", dependencies=[Depends(validate_json_request)])
+    async def typed(body: Body):
         return body
 
     @app.get("/raise/{status}")
@@ -66,6 +71,17 @@ def test_the_envelope_of_each_status(status, kind):
     assert envelope(HTTPStatus(status), "why", "field", "code") == {
         "error": {"message": "why", "type": kind, "param": "field", "code": "code"}
     }
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_a_body_of_another_content_type_is_told_what_is_allowed(client, kind):
+    response = client.post("/typed", content=b'{"count": 1}', headers={"Content-Type": kind})
+
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert "application/json" in error["message"]
+    assert (error["param"], error["code"]) == (None, "invalid_request")
+    assert client.post("/typed", json={"count": 1}).status_code == 200
 
 
 def test_messages_are_bounded():

