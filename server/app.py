@@ -20,10 +20,11 @@ from vllm.platforms import current_platform
 
 from server import errors
 from server.engine import media, startup, wording
+from server.engine.ending import on_shutdown
 from server.engine.facts import counts_for_all
 from server.engine.preludes import precede
 from server.engine.prompts import inspect
-from server.engine.reports import listen, on_shutdown
+from server.engine.reports import listen
 from server.front_end import FrontEnd
 from server.metrics import Metrics
 from server.offer import offer

@@ -20,6 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from calibrators import registry
 from server import __version__, keys, models
 from server.engine import startup
+from server.engine.ending import EngineDied
 from server.engine.media import MAX_IMAGES, set_defaults
 from server.engine.payload import KEY
 from server.offer import offer
@@ -163,10 +164,13 @@ def _general_plugins() -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run, answering a refusal with one line and exit status 2."""
+    """Run; a refusal is one line and exit status 2, an engine that died exit status 1."""
     try:
         serve(argv, lambda line: print(line, file=sys.stderr, flush=True))
     except REFUSALS as error:
         print(f"trimtab: {error}", file=sys.stderr)
         return 2
+    except EngineDied as error:
+        print(f"trimtab: {error}", file=sys.stderr)
+        return 1
     return 0

@@ -8,6 +8,8 @@ import os
 import pytest
 from transformers import BertConfig, DeepseekV2Config, LlamaConfig, WhisperConfig
 
+from server import serve
+from server.engine.ending import EngineDied
 from server.engine.startup import StartupRefused
 from server.fingerprint import fingerprint
 from server.serve import HEADER_BYTES, checked, main, parse
@@ -194,3 +196,12 @@ def test_headers_are_bounded_more_closely_than_by_vllm():
 def test_a_key_file_that_cannot_be_used_stops_the_start(capsys, tmp_path):
     assert main([str(tmp_path), "--api-key-file", str(tmp_path / "none")]) == 2
     assert "--api-key-file" in capsys.readouterr().err
+
+
+def test_an_engine_that_died_is_no_success(monkeypatch, capsys):
+    def die(argv, report):
+        raise EngineDied("the engine has died")
+
+    monkeypatch.setattr(serve, "serve", die)
+    assert main([]) == 1
+    assert "the engine has died" in capsys.readouterr().err
