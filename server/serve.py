@@ -27,6 +27,8 @@ from server.offer import offer
 from server.settings import Settings, add_flags, share_salt_key
 
 SHUTDOWN_SECONDS = 45
+# Tokens of prompts that wait or are being computed: hours of work for a CPU, minutes for a GPU.
+QUEUED_TOKENS = 1 << 20
 # vLLM's 4 MB are for no client that means well.
 HEADER_BYTES = 32 * 1024
 REFUSALS = (
@@ -73,6 +75,7 @@ def checked(argv: Sequence[str], report: Callable[[str], None]) -> Namespace:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     startup.check_config(config)
+    bound_queue(args, config.scheduler_config.max_num_seqs + settings.limits.max_queued_requests)
     # Each front end reads profiles and presets again; what is wrong with them is said here, before
     # a model is loaded.
     offer(config, settings, args.served_model_name or [args.model])
@@ -149,6 +152,14 @@ def switch_on(args: Namespace, settings: Settings) -> None:
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "trimtab"]))
     share_salt_key()
     set_defaults(os.environ)
+
+
+def bound_queue(args: Namespace, capacity: int) -> None:
+    """Have vLLM count what it has in hand, sequence by sequence, over all API servers."""
+    if args.max_num_queued_reqs is None:
+        args.max_num_queued_reqs = capacity
+    if args.max_num_queued_tokens is None:
+        args.max_num_queued_tokens = QUEUED_TOKENS
 
 
 def _general_plugins() -> list[str]:

@@ -2,7 +2,8 @@
 
 Outside of everything, vLLM's own middleware and its last handler of exceptions included: request
 id, envelope, and the limits of headers and body. Inside, next to the routes, so that vLLM's
-metrics see the refusals: keys, drain, queue, and the checks of bodies.
+metrics see the refusals: keys, drain, queue, the time a request may take, and the checks of
+bodies.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from server.middleware.plain_routes import PlainRoutesMiddleware
 from server.middleware.queue import QueueMiddleware
 from server.middleware.request_bounds import RequestBoundsMiddleware
 from server.middleware.request_id import RequestIdMiddleware
+from server.middleware.time_limit import TimeLimitMiddleware
 from server.routes import generate
 from server.settings import Settings
 from server.trust import Trust
@@ -52,6 +54,7 @@ def guard(app: FastAPI, args: Namespace, settings: Settings) -> None:
             capacity=lambda: state.trimtab.capacity,
             refused=lambda: state.trimtab.metrics.overloaded(),
         ),
+        Middleware(TimeLimitMiddleware, seconds=limits.request_timeout),
         Middleware(RequestBoundsMiddleware, checks=checks),
         Middleware(PlainRoutesMiddleware, calibrated=generate.PATHS),
     ]

@@ -20,6 +20,9 @@ _EVENTS = "text/event-stream"
 # How vLLM writes an error in a stream. Within a string the quotes would be escaped.
 _ERROR_EVENT = b'data: {"error":'
 _END = b"\n\n"
+# Where trying again later may help, an answer says when.
+_LATER = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+RETRY_AFTER_SECONDS = "1"
 
 
 class EnvelopeMiddleware:
@@ -57,7 +60,7 @@ class _Enveloped:
         if kind == "http.response.start" and message["status"] >= HTTPStatus.BAD_REQUEST:
             self._start = message
         elif kind == "http.response.start":
-            self._streaming = _is_stream(message)
+            self._streaming = is_stream(message)
             await self._send(message)
         elif self._start is None or kind != "http.response.body":
             if self._streaming and _ERROR_EVENT in message.get("body", b""):
@@ -73,11 +76,14 @@ class _Enveloped:
         self._start = None
         headers = [h for h in start.get("headers", []) if h[0].lower() not in _REPLACED]
         kept = dict(Headers(raw=headers).items())
+        if start["status"] in _LATER:
+            kept.setdefault("retry-after", RETRY_AFTER_SECONDS)
         response = _error(start["status"], bytes(self._body), kept).response()
         await response(self._scope, self._receive, self._send)
 
 
-def _is_stream(start: Message) -> bool:
+def is_stream(start: Message) -> bool:
+    """Whether an answer that starts so is a stream of events."""
     return Headers(raw=start.get("headers", [])).get("content-type", "").startswith(_EVENTS)
 
 

@@ -47,7 +47,7 @@ def check(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
         # float32: with bfloat16, what may be served depends on the processor.
         usual = [str(tmp_path), "--skip-tokenizer-init", "--dtype", "float32"]
-        checked([*usual, *flags], lambda line: None)
+        return checked([*usual, *flags], lambda line: None)
 
     return run
 
@@ -205,3 +205,10 @@ def test_an_engine_that_died_is_no_success(monkeypatch, capsys):
     monkeypatch.setattr(serve, "serve", die)
     assert main([]) == 1
     assert "the engine has died" in capsys.readouterr().err
+
+
+def test_the_queue_is_bounded_in_sequences_and_tokens(check):
+    args = check(LLAMA, "--max-num-seqs", "8", "--max-queued-requests", "5")
+    assert (args.max_num_queued_reqs, args.max_num_queued_tokens) == (13, serve.QUEUED_TOKENS)
+    args = check(LLAMA, "--max-num-queued-reqs", "7", "--max-num-queued-tokens", "900")
+    assert (args.max_num_queued_reqs, args.max_num_queued_tokens) == (7, 900)

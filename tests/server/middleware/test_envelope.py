@@ -67,6 +67,11 @@ def test_headers_stay(ask):
     assert (response.headers["Retry-After"], response.headers["X-Load"]) == ("7", "3")
 
 
+@pytest.mark.parametrize(("status", "said"), [(503, "1"), (429, "1"), (500, None)])
+def test_where_trying_again_may_help_an_answer_says_when(ask, status, said):
+    assert ask(PlainTextResponse("x", status)).headers.get("Retry-After") == said
+
+
 def test_an_error_in_pieces_is_put_together(ask):
     async def pieces():
         for byte in json.dumps(OURS):
