@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from server.engine.geometry import Geometry
 from server.engine.payload import Report
 from server.engine.preludes import Preludes
 from server.metrics import Metrics
-from server.middleware.keys import TENANT
+from server.middleware.keys import CURRENT, TENANT
 from server.receipts import Receipt, ReceiptDesk
 from server.vision import check_images
 
@@ -84,6 +86,14 @@ class FrontEnd:
     ) -> str | None:
         """Cache salt of a calibrated request; different for every API key."""
         return admitted.cache_salt(self.salt_key, _tenant(raw_request), user_salt)
+
+    def tenant_salt(self, salt: str | None) -> str | None:
+        """Cache salt of a request, calibrated or not, that no other key's requests can have."""
+        tenant = CURRENT.get()
+        if tenant is None:
+            return salt
+        parts = json.dumps(["tenant", tenant, salt]).encode()
+        return hmac.new(self.salt_key, parts, hashlib.sha256).hexdigest()
 
     def drain(self, seconds: float) -> None:
         """Shutdown has begun: nothing new is let in, and what is has to reach the engine."""

@@ -7,6 +7,7 @@ from server.engine.payload import KEY, Payload, Report, Tally
 from server.engine.text_pass import OUTPUTS
 from server.front_end import FrontEnd
 from server.metrics import Metrics
+from server.middleware.keys import CURRENT
 
 
 @pytest.fixture
@@ -42,3 +43,30 @@ def test_nothing_is_let_in_once_draining_has_begun(front_end):
     assert not front_end.draining
     front_end.drain(0)
     assert front_end.draining
+
+
+def salt_of(front_end, tenant, salt):
+    token = CURRENT.set(tenant)
+    try:
+        return front_end.tenant_salt(salt)
+    finally:
+        CURRENT.reset(token)
+
+
+def test_salts_of_tenants_differ_and_those_of_one_do_not(front_end):
+    cases = [("a", None), ("a", "x"), ("b", None), ("b", "x"), ("a", "b"), ("a", "")]
+    salts = [salt_of(front_end, *case) for case in cases]
+    assert len(set(salts)) == len(cases)
+    assert salts == [salt_of(front_end, *case) for case in cases]
+    assert all(len(salt) == 64 and set(salt) <= set("0123456789abcdef") for salt in salts)
+
+
+def test_no_salt_can_be_made_without_the_secret(front_end):
+    first = salt_of(front_end, "a", "x")
+    front_end.salt_key = b"another"
+    assert salt_of(front_end, "a", "x") != first
+
+
+@pytest.mark.parametrize("salt", [None, "x"])
+def test_without_keys_the_salt_is_the_clients(front_end, salt):
+    assert salt_of(front_end, None, salt) == salt
