@@ -29,6 +29,9 @@ from server.settings import Settings, add_flags, share_salt_key
 SHUTDOWN_SECONDS = 45
 # Tokens of prompts that wait or are being computed: hours of work for a CPU, minutes for a GPU.
 QUEUED_TOKENS = 1 << 20
+# When a worker has died, vLLM gives the others this long to notice, and four seconds more, before
+# it tells those who wait for an answer. They hang in an exchange with the one that is gone.
+WORKER_SECONDS = 2
 # vLLM's 4 MB are for no client that means well.
 HEADER_BYTES = 32 * 1024
 REFUSALS = (
@@ -151,6 +154,7 @@ def switch_on(args: Namespace, settings: Settings) -> None:
     names = plugins.split(",") if plugins is not None else _general_plugins()
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "trimtab"]))
     share_salt_key()
+    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", str(WORKER_SECONDS))
     set_defaults(os.environ)
 
 

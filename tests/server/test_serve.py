@@ -212,3 +212,14 @@ def test_the_queue_is_bounded_in_sequences_and_tokens(check):
     assert (args.max_num_queued_reqs, args.max_num_queued_tokens) == (13, serve.QUEUED_TOKENS)
     args = check(LLAMA, "--max-num-queued-reqs", "7", "--max-num-queued-tokens", "900")
     assert (args.max_num_queued_reqs, args.max_num_queued_tokens) == (7, 900)
+
+
+def test_workers_that_wait_for_a_dead_one_do_not_wait_for_long(check):
+    check(LLAMA)
+    assert os.environ["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] == "2"
+
+
+def test_unless_somebody_says_how_long(check, monkeypatch):
+    monkeypatch.setenv("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "9")
+    check(LLAMA)
+    assert os.environ["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] == "9"
