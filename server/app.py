@@ -26,6 +26,7 @@ from server.engine.preludes import precede
 from server.engine.prompts import inspect
 from server.engine.reports import listen
 from server.engine.tenants import separate
+from server.engine.tracing import trace_calibration
 from server.front_end import FrontEnd
 from server.metrics import Metrics
 from server.offer import offer
@@ -80,6 +81,7 @@ class TrimtabEndpoint:
             # Outermost, so that a text pass has the salt of its prompt.
             separate(engine_client, front_end.tenant_salt)
         listen(engine_client, front_end.report)
+        trace_calibration(engine_client, front_end.attributes)
         on_shutdown(engine_client, front_end.drain)
         handle_errors(self._app)
         describe(self._app, front_end.admission.calibrators.values(), free_paths(args, settings))

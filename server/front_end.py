@@ -17,6 +17,7 @@ from server.engine.payload import Report
 from server.engine.preludes import Preludes
 from server.metrics import Metrics
 from server.middleware.keys import CURRENT, TENANT
+from server.middleware.request_log import FAILED, Record
 from server.receipts import Receipt, ReceiptDesk
 from server.vision import check_images
 
@@ -48,9 +49,9 @@ class FrontEnd:
     draining: bool = False
     capacity: int = sys.maxsize
 
-    def open(self, admitted: Admitted, choices: int) -> Receipt:
-        """A receipt for a request that is about to run."""
-        receipt = Receipt(admitted, choices)
+    def open(self, admitted: Admitted, choices: int, log: Record | None = None) -> Receipt:
+        """A receipt for a request that is about to run; `log` will tell how it ended."""
+        receipt = Receipt(admitted, choices, log)
         self.metrics.opened(receipt)
         return receipt
 
@@ -58,6 +59,8 @@ class FrontEnd:
         """The request is over."""
         self.desk.close(receipt)
         self.metrics.closed(receipt, answered=answered)
+        if receipt.log is not None:
+            receipt.log.outcome = receipt.outcome if answered else FAILED
 
     def withdraw(self, receipt: Receipt) -> None:
         """The request is refused after all."""
@@ -80,6 +83,24 @@ class FrontEnd:
         if not self.preludes.take(report):
             self.desk.record(report, choice)
         self.metrics.stepped(report)
+
+    def attributes(self, report: Report) -> Mapping[str, str | int]:
+        """What a request's span tells of its calibration; nothing of a text pass."""
+        receipt = self.desk.get(report.ticket)
+        if receipt is None:
+            return {}
+        # Several methods calibrate the same rows.
+        prompt, completion = (
+            max((getattr(tally, name) for tally in report.tallies), default=0)
+            for name in ("prompt_tokens", "completion_tokens")
+        )
+        return {
+            "trimtab.calibration.methods": "+".join(receipt.admitted.methods),
+            "trimtab.calibration.digest": receipt.admitted.short_digest,
+            "trimtab.calibration.outcome": FAILED if report.failed else receipt.outcome,
+            "trimtab.calibration.prompt_tokens": prompt,
+            "trimtab.calibration.completion_tokens": completion,
+        }
 
     def cache_salt(
         self, admitted: Admitted, user_salt: str | None, raw_request: Request

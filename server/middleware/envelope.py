@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError
 from server.middleware.paths import path_of
+from server.middleware.request_log import FAILED, record_of
 
 # What is kept of an answer to look at. A longer one is replaced unread.
 _MAX_SEEN = 64 * 1024
@@ -65,6 +66,7 @@ class _Enveloped:
         elif self._start is None or kind != "http.response.body":
             if self._streaming and _ERROR_EVENT in message.get("body", b""):
                 message = {**message, "body": _events(message["body"])}
+                record_of(self._scope).outcome = FAILED
             await self._send(message)
         else:
             if len(self._body) <= _MAX_SEEN:

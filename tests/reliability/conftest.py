@@ -33,5 +33,6 @@ def embedded():
 def server(embedded, tmp_path_factory):
     log = tmp_path_factory.mktemp("reliability") / "log"
     limits = ["--header-timeout", "1", "--body-timeout", "2"]
-    with serving(log, "--max-model-len", "2048", *limits, program=program) as running:
+    written = ["--logging-config.formatter", "json"]
+    with serving(log, "--max-model-len", "2048", *limits, *written, program=program) as running:
         yield running

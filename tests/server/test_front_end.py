@@ -8,6 +8,7 @@ from server.engine.text_pass import OUTPUTS
 from server.front_end import FrontEnd
 from server.metrics import Metrics
 from server.middleware.keys import CURRENT
+from server.middleware.request_log import Record
 
 
 @pytest.fixture
@@ -70,3 +71,31 @@ def test_no_salt_can_be_made_without_the_secret(front_end):
 @pytest.mark.parametrize("salt", [None, "x"])
 def test_without_keys_the_salt_is_the_clients(front_end, salt):
     assert salt_of(front_end, None, salt) == salt
+
+
+@pytest.mark.parametrize(("answered", "outcome"), [(True, "applied"), (False, "failed")])
+def test_the_log_is_told_how_a_calibrated_request_ended(front_end, answered, outcome):
+    log = Record()
+    admitted = front_end.admission.admit({"method": "zerotuning", "gamma": 2.0})
+    receipt = front_end.open(admitted, 1, log)
+    front_end.desk.issue(receipt)
+    front_end.report(Report(receipt.tickets[0], [Tally(prompt_tokens=4)]), 0)
+    front_end.close(receipt, answered=answered)
+    assert log.outcome == outcome
+
+
+def test_a_span_tells_what_was_calibrated(front_end):
+    admitted = front_end.admission.admit({"method": "zerotuning", "gamma": 2.0})
+    receipt = front_end.open(admitted, 1)
+    front_end.desk.issue(receipt)
+    report = Report(receipt.tickets[0], [Tally(prompt_tokens=4, completion_tokens=2)])
+    front_end.report(report, 0)
+    assert front_end.attributes(report) == {
+        "trimtab.calibration.methods": "zerotuning",
+        "trimtab.calibration.digest": admitted.short_digest,
+        "trimtab.calibration.outcome": "applied",
+        "trimtab.calibration.prompt_tokens": 4,
+        "trimtab.calibration.completion_tokens": 2,
+    }
+    front_end.close(receipt, answered=True)
+    assert front_end.attributes(report) == {}
