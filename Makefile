@@ -12,7 +12,7 @@ help:
 	@echo "make test    install into $(VENV), lint, type-check and test"
 	@echo "make test-all   the same, with every setting on every length"
 	@echo "make lint    the checks of make test without the tests"
-	@echo "make reliability   hostile requests, 200 and more of each kind, at a server without a model"
+	@echo "make reliability   hostile requests, deaths, drains, overload, hang-ups, ten minutes of all"
 	@echo "make mutation   change admission, keys and salts; say which changes no test notices"
 	@echo "make soak    serve 10,000 short requests and see that nothing grows"
 	@echo "make clean   remove $(VENV) and caches (models in the user cache stay)"
@@ -43,8 +43,9 @@ test-all: lint
 
 reliability: env
 	$(BIN)/trimtab models prepare $(MODEL)
-	RELIABILITY_EXAMPLES=200 $(BIN)/pytest tests/reliability --timeout 3600 \
-	  --log-cli-level=INFO $(ARGS)
+	RELIABILITY_EXAMPLES=200 SOAK_SECONDS=600 $(BIN)/pytest tests/reliability \
+	  tests/integration/state/test_hang_ups.py tests/integration/state/test_soak.py \
+	  --timeout 3600 --log-cli-level=INFO $(ARGS)
 
 mutation: env
 	$(BIN)/mutmut run $(ARGS)

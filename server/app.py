@@ -18,12 +18,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from vllm.platforms import current_platform
 
-from server import errors
+from server import errors, keys
 from server.engine import media, startup, wording
+from server.engine.ending import on_shutdown
 from server.engine.facts import counts_for_all
 from server.engine.preludes import precede
 from server.engine.prompts import inspect
-from server.engine.reports import listen, on_shutdown
+from server.engine.reports import listen
+from server.engine.tenants import separate
+from server.engine.tracing import trace_calibration
 from server.front_end import FrontEnd
 from server.metrics import Metrics
 from server.offer import offer
@@ -74,7 +77,11 @@ class TrimtabEndpoint:
         precede(engine_client, front_end.preludes)
         wording.look_for(engine_client)
         inspect(engine_client, front_end.check_prompt)
+        if len(keys.configured(args, settings)) > 1:
+            # Outermost, so that a text pass has the salt of its prompt.
+            separate(engine_client, front_end.tenant_salt)
         listen(engine_client, front_end.report)
+        trace_calibration(engine_client, front_end.attributes)
         on_shutdown(engine_client, front_end.drain)
         handle_errors(self._app)
         describe(self._app, front_end.admission.calibrators.values(), free_paths(args, settings))

@@ -183,6 +183,7 @@ def check(body: Mapping[str, Any], limits: Limits) -> None:
             _check_number(where + name, fields.get(name))
         for rule in RULES:
             _check_rule(rule, where, fields, limits)
+    _check_sequences(body, limits.max_sequences)
 
 
 def _levels(body: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
@@ -205,6 +206,20 @@ def _check_rule(rule: Rule, where: str, fields: Mapping[str, Any], limits: Limit
                 param=where + name,
                 code=LIMIT_EXCEEDED,
             )
+
+
+def _check_sequences(body: Mapping[str, Any], allowed: int) -> None:
+    choices = max(number(body.get(name)) or 1 for name in ("n", "best_of"))
+    lists = (prompts(body.get("prompt")), conversations(body.get("messages")))
+    asked = max(each or 1 for each in lists)
+    if choices * asked > allowed:
+        raise ApiError(
+            HTTPStatus.BAD_REQUEST,
+            f"{asked} prompts with {choices:g} choices each are {choices * asked:g} sequences; "
+            f"at most {allowed} are allowed ({flag_of('max_sequences')})",
+            param="n",
+            code=LIMIT_EXCEEDED,
+        )
 
 
 def _check_id(value: object) -> None:

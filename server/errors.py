@@ -30,6 +30,7 @@ _MAX_BYTES = 2000
 _PRIVATE = (
     (re.compile(r"\bTraceback \(most recent call last\):?"), ""),
     (re.compile(r'File "[^"]*", line \d+(, in \w+)?'), ""),
+    (re.compile(r"EngineCore encountered an issue\. See stack trace .*"), "the engine has died"),
     (re.compile(r"\b0x[0-9a-fA-F]{4,}"), "<address>"),
     (
         re.compile(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +16,8 @@ from server.engine.geometry import Geometry
 from server.engine.payload import Report
 from server.engine.preludes import Preludes
 from server.metrics import Metrics
-from server.middleware.keys import TENANT
+from server.middleware.keys import CURRENT, TENANT
+from server.middleware.request_log import FAILED, Record
 from server.receipts import Receipt, ReceiptDesk
 from server.vision import check_images
 
@@ -46,9 +49,9 @@ class FrontEnd:
     draining: bool = False
     capacity: int = sys.maxsize
 
-    def open(self, admitted: Admitted, choices: int) -> Receipt:
-        """A receipt for a request that is about to run."""
-        receipt = Receipt(admitted, choices)
+    def open(self, admitted: Admitted, choices: int, log: Record | None = None) -> Receipt:
+        """A receipt for a request that is about to run; `log` will tell how it ended."""
+        receipt = Receipt(admitted, choices, log)
         self.metrics.opened(receipt)
         return receipt
 
@@ -56,6 +59,8 @@ class FrontEnd:
         """The request is over."""
         self.desk.close(receipt)
         self.metrics.closed(receipt, answered=answered)
+        if receipt.log is not None:
+            receipt.log.outcome = receipt.outcome if answered else FAILED
 
     def withdraw(self, receipt: Receipt) -> None:
         """The request is refused after all."""
@@ -79,11 +84,37 @@ class FrontEnd:
             self.desk.record(report, choice)
         self.metrics.stepped(report)
 
+    def attributes(self, report: Report) -> Mapping[str, str | int]:
+        """What a request's span tells of its calibration; nothing of a text pass."""
+        receipt = self.desk.get(report.ticket)
+        if receipt is None:
+            return {}
+        # Several methods calibrate the same rows.
+        prompt, completion = (
+            max((getattr(tally, name) for tally in report.tallies), default=0)
+            for name in ("prompt_tokens", "completion_tokens")
+        )
+        return {
+            "trimtab.calibration.methods": "+".join(receipt.admitted.methods),
+            "trimtab.calibration.digest": receipt.admitted.short_digest,
+            "trimtab.calibration.outcome": FAILED if report.failed else receipt.outcome,
+            "trimtab.calibration.prompt_tokens": prompt,
+            "trimtab.calibration.completion_tokens": completion,
+        }
+
     def cache_salt(
         self, admitted: Admitted, user_salt: str | None, raw_request: Request
     ) -> str | None:
         """Cache salt of a calibrated request; different for every API key."""
         return admitted.cache_salt(self.salt_key, _tenant(raw_request), user_salt)
+
+    def tenant_salt(self, salt: str | None) -> str | None:
+        """Cache salt of a request, calibrated or not, that no other key's requests can have."""
+        tenant = CURRENT.get()
+        if tenant is None:
+            return salt
+        parts = json.dumps(["tenant", tenant, salt]).encode()
+        return hmac.new(self.salt_key, parts, hashlib.sha256).hexdigest()
 
     def drain(self, seconds: float) -> None:
         """Shutdown has begun: nothing new is let in, and what is has to reach the engine."""

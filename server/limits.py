@@ -25,11 +25,15 @@ class Limits:
     max_body_bytes: int = _limit(20_000_000, "Bytes of a request body, declared or chunked.")
     header_timeout: float = _limit(10.0, "Seconds until a request's headers are complete.")
     body_timeout: float = _limit(60.0, "Seconds from there until its body is complete.")
+    request_timeout: float = _limit(
+        1800.0, "Seconds from complete headers to the end of the answer; then 504."
+    )
     max_queued_requests: int = _limit(
         256, "Requests that wait while others run; more get 503 with Retry-After."
     )
     max_n: int = _limit(16, "Choices per prompt: n, best_of.")
     max_prompts: int = _limit(128, "Prompts, or conversations, in one request.")
+    max_sequences: int = _limit(256, "Prompts or conversations of one request, times n.")
     max_logprobs_per_token: int = _limit(
         20, "Alternatives per token: logprobs, top_logprobs, prompt_logprobs."
     )

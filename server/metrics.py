@@ -12,9 +12,9 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from server import __version__
 from server.admission import REASONS, Refusal
 from server.engine.payload import Report, Tally
-from server.receipts import Receipt, statistics
+from server.receipts import APPLIED, SKIPPED, Receipt, statistics
 
-OUTCOMES = ("applied", "skipped", "rejected", "failed")
+OUTCOMES = (APPLIED, SKIPPED, "rejected", "failed")
 PHASES = ("prompt", "completion")
 MOMENTS = ("before", "after")
 OVERLOADED = "overloaded"
@@ -131,7 +131,7 @@ class Metrics:
         """A calibrated request ended, answered in full or not."""
         for bound, tally in receipt.totals():
             self._active.labels(bound.method).dec()
-            outcome = "skipped" if tally.skip else "applied"
+            outcome = SKIPPED if tally.skip else APPLIED
             self._requests.labels(bound.method, outcome if answered else "failed").inc()
             self._count(bound.method, tally)
 

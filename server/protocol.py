@@ -24,6 +24,9 @@ from server.limits import Limits
 # that a client that is about to finish finds the answer and not a broken connection.
 LINGER_BYTES = 64 * 1024
 LINGER_SECONDS = 1.0
+# What a client may take to read the end of its answer from a server that is about to go. uvicorn
+# itself waits without a limit.
+FAREWELL_SECONDS = 2
 
 
 class Phase(Enum):
@@ -46,6 +49,8 @@ class BoundedProtocol(H11Protocol):
 
     def __init__(self, limits: Limits, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's
         super().__init__(**kwargs)
+        if self.config.timeout_graceful_shutdown is None:
+            self.config.timeout_graceful_shutdown = FAREWELL_SECONDS
         self._seconds = {
             Phase.HEADERS: limits.header_timeout,
             Phase.BODY: limits.body_timeout,

@@ -12,8 +12,10 @@ from server.engine.payload import KEY, Payload, Report, Tally
 
 if TYPE_CHECKING:
     from calibrators.interface import Bound
+    from server.middleware.request_log import Record
 
 Number = TypeVar("Number", int, float)
+APPLIED, SKIPPED = "applied", "skipped"
 
 
 class NotApplied(Exception):
@@ -29,10 +31,12 @@ class Receipt:
     Args:
         admitted: what will be applied.
         choices: choices per prompt.
+        log: what the request's line of the log will tell.
     """
 
-    def __init__(self, admitted: Admitted, choices: int) -> None:
+    def __init__(self, admitted: Admitted, choices: int, log: Record | None = None) -> None:
         self.admitted = admitted
+        self.log = log
         self._choices = choices
         self._id = uuid.uuid4().hex
         self._tickets: list[str] = []
@@ -71,6 +75,12 @@ class Receipt:
             return
         prompt = self._tickets.index(report.ticket)
         self._tallies[prompt * self._choices + choice] = report.tallies
+
+    @property
+    def outcome(self) -> str:
+        """What came of it if it is answered: skipped where no method did anything."""
+        tallies = [tally for _, tally in self.totals()]
+        return SKIPPED if tallies and all(tally.skip for tally in tallies) else APPLIED
 
     def totals(self) -> Iterator[tuple[Bound, Tally]]:
         """Each calibration with its tally over all choices."""

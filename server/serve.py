@@ -20,12 +20,18 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from calibrators import registry
 from server import __version__, keys, models
 from server.engine import startup
+from server.engine.ending import EngineDied
 from server.engine.media import MAX_IMAGES, set_defaults
 from server.engine.payload import KEY
 from server.offer import offer
 from server.settings import Settings, add_flags, share_salt_key
 
 SHUTDOWN_SECONDS = 45
+# Tokens of prompts that wait or are being computed: hours of work for a CPU, minutes for a GPU.
+QUEUED_TOKENS = 1 << 20
+# When a worker has died, vLLM gives the others this long to notice, and four seconds more, before
+# it tells those who wait for an answer. They hang in an exchange with the one that is gone.
+WORKER_SECONDS = 2
 # vLLM's 4 MB are for no client that means well.
 HEADER_BYTES = 32 * 1024
 REFUSALS = (
@@ -72,6 +78,7 @@ def checked(argv: Sequence[str], report: Callable[[str], None]) -> Namespace:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     startup.check_config(config)
+    bound_queue(args, config.scheduler_config.max_num_seqs + settings.limits.max_queued_requests)
     # Each front end reads profiles and presets again; what is wrong with them is said here, before
     # a model is loaded.
     offer(config, settings, args.served_model_name or [args.model])
@@ -147,7 +154,16 @@ def switch_on(args: Namespace, settings: Settings) -> None:
     names = plugins.split(",") if plugins is not None else _general_plugins()
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "trimtab"]))
     share_salt_key()
+    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", str(WORKER_SECONDS))
     set_defaults(os.environ)
+
+
+def bound_queue(args: Namespace, capacity: int) -> None:
+    """Have vLLM count what it has in hand, sequence by sequence, over all API servers."""
+    if args.max_num_queued_reqs is None:
+        args.max_num_queued_reqs = capacity
+    if args.max_num_queued_tokens is None:
+        args.max_num_queued_tokens = QUEUED_TOKENS
 
 
 def _general_plugins() -> list[str]:
@@ -163,10 +179,13 @@ def _general_plugins() -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run, answering a refusal with one line and exit status 2."""
+    """Run; a refusal is one line and exit status 2, an engine that died exit status 1."""
     try:
         serve(argv, lambda line: print(line, file=sys.stderr, flush=True))
     except REFUSALS as error:
         print(f"trimtab: {error}", file=sys.stderr)
         return 2
+    except EngineDied as error:
+        print(f"trimtab: {error}", file=sys.stderr)
+        return 1
     return 0

@@ -38,6 +38,7 @@ class Settings:
         allow_untested_vllm: start with a vLLM this version was not tested with.
         api_key_file: file of API keys, one per line.
         metrics_without_key: whether `/metrics` is open where keys are configured.
+        request_log: whether each request is a line of the log.
         allowed_chat_template_kwargs: names a request may use in `chat_template_kwargs`.
         limits: what one request may ask for.
         salt_key: secret of prefix-cache salts; from the environment only, so that it shows in
@@ -52,6 +53,7 @@ class Settings:
     allow_untested_vllm: bool = False
     api_key_file: str | None = None
     metrics_without_key: bool = False
+    request_log: bool = True
     allowed_chat_template_kwargs: tuple[str, ...] = TEMPLATE_KWARGS
     limits: Limits = field(default_factory=Limits)
     salt_key: str = ""
@@ -98,6 +100,7 @@ def _add_access(parser: ArgumentParser, environment: Mapping[str, str]) -> None:
     add = partial(add_flag, group.add_argument, environment)
     add("--api-key-file", str, None, "File of API keys, one per line, # for comments.")
     add("--metrics-without-key", flags.boolean, False, "true: /metrics needs no API key.")
+    add("--request-log", flags.boolean, True, "false: no line of log per request.")
     add(
         "--allowed-chat-template-kwargs",
         flags.names,

@@ -1,8 +1,9 @@
 """What lies between a connection and the routes: all middleware, in order.
 
 Outside of everything, vLLM's own middleware and its last handler of exceptions included: request
-id, envelope, and the limits of headers and body. Inside, next to the routes, so that vLLM's
-metrics see the refusals: keys, drain, queue, and the checks of bodies.
+id, log, envelope, and the limits of headers and body. Inside, next to the routes, so that vLLM's
+metrics see the refusals: keys, drain, queue, the time a request may take, and the checks of
+bodies.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from server.middleware.plain_routes import PlainRoutesMiddleware
 from server.middleware.queue import QueueMiddleware
 from server.middleware.request_bounds import RequestBoundsMiddleware
 from server.middleware.request_id import RequestIdMiddleware
+from server.middleware.request_log import RequestLogMiddleware
+from server.middleware.time_limit import TimeLimitMiddleware
 from server.routes import generate
 from server.settings import Settings
 from server.trust import Trust
@@ -52,6 +55,7 @@ def guard(app: FastAPI, args: Namespace, settings: Settings) -> None:
             capacity=lambda: state.trimtab.capacity,
             refused=lambda: state.trimtab.metrics.overloaded(),
         ),
+        Middleware(TimeLimitMiddleware, seconds=limits.request_timeout),
         Middleware(RequestBoundsMiddleware, checks=checks),
         Middleware(PlainRoutesMiddleware, calibrated=generate.PATHS),
     ]
@@ -78,6 +82,8 @@ def enclose(app: FastAPI, args: Namespace, settings: Settings) -> None:
         stack, args.h11_max_incomplete_event_size, args.h11_max_header_count
     )
     stack = EnvelopeMiddleware(stack, PROBES)
+    if settings.request_log:
+        stack = RequestLogMiddleware(stack)
     app.middleware_stack = RequestIdMiddleware(stack)
 
 

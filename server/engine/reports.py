@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,31 +37,3 @@ def listen(engine_client: EngineClient, on_report: Callable[[Report, int], None]
 
 def _without(params: dict[str, Any]) -> dict[str, Any] | None:
     return {key: value for key, value in params.items() if key != KEY} or None
-
-
-def on_shutdown(engine_client: EngineClient, callback: Callable[[float], None]) -> None:
-    """Call `callback(seconds)` when the server begins to shut the engine down, before it drains.
-
-    What it takes of the seconds that running requests are given is taken off them.
-
-    vLLM drains where it stops the engine. One API server of several does not: it would hang up
-    on its requests at once, so it waits for them here.
-    """
-    shutdown = engine_client.shutdown
-
-    def announce(*args: Any, timeout: float | None = None, **kwargs: Any) -> Any:  # noqa: ANN401
-        started = time.monotonic()
-        callback(timeout or 0)
-        if timeout is not None:
-            timeout = max(timeout - (time.monotonic() - started), 0)
-        if engine_client.engine_core.resources.engine_manager is None:
-            _wait_for_requests(engine_client, timeout or 0)
-        return shutdown(*args, timeout=timeout, **kwargs)
-
-    engine_client.shutdown = announce
-
-
-def _wait_for_requests(engine_client: EngineClient, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while engine_client.get_num_unfinished_requests() and time.monotonic() < deadline:
-        time.sleep(0.05)

@@ -12,14 +12,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError
 from server.middleware.paths import path_of
+from server.middleware.request_log import FAILED, record_of
 
 # What is kept of an answer to look at. A longer one is replaced unread.
 _MAX_SEEN = 64 * 1024
 _REPLACED = frozenset({b"content-length", b"content-type"})
+_EVENTS = "text/event-stream"
+# How vLLM writes an error in a stream. Within a string the quotes would be escaped.
+_ERROR_EVENT = b'data: {"error":'
+_END = b"\n\n"
+# Where trying again later may help, an answer says when.
+_LATER = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+RETRY_AFTER_SECONDS = "1"
 
 
 class EnvelopeMiddleware:
     """Puts errors of every router, middleware and mounted application into our envelope.
+
+    In a stream these are events, which vLLM writes in one piece each.
 
     Args:
         app: what it wraps.
@@ -43,13 +53,20 @@ class _Enveloped:
         self._receive = receive
         self._send = send
         self._start: Message | None = None
+        self._streaming = False
         self._body = bytearray()
 
     async def send(self, message: Message) -> None:
         kind = message["type"]
         if kind == "http.response.start" and message["status"] >= HTTPStatus.BAD_REQUEST:
             self._start = message
+        elif kind == "http.response.start":
+            self._streaming = is_stream(message)
+            await self._send(message)
         elif self._start is None or kind != "http.response.body":
+            if self._streaming and _ERROR_EVENT in message.get("body", b""):
+                message = {**message, "body": _events(message["body"])}
+                record_of(self._scope).outcome = FAILED
             await self._send(message)
         else:
             if len(self._body) <= _MAX_SEEN:
@@ -61,8 +78,29 @@ class _Enveloped:
         self._start = None
         headers = [h for h in start.get("headers", []) if h[0].lower() not in _REPLACED]
         kept = dict(Headers(raw=headers).items())
+        if start["status"] in _LATER:
+            kept.setdefault("retry-after", RETRY_AFTER_SECONDS)
         response = _error(start["status"], bytes(self._body), kept).response()
         await response(self._scope, self._receive, self._send)
+
+
+def is_stream(start: Message) -> bool:
+    """Whether an answer that starts so is a stream of events."""
+    return Headers(raw=start.get("headers", [])).get("content-type", "").startswith(_EVENTS)
+
+
+def _events(body: bytes) -> bytes:
+    return _END.join(
+        _error_event(event) if event.startswith(_ERROR_EVENT) else event
+        for event in body.split(_END)
+    )
+
+
+def _error_event(event: bytes) -> bytes:
+    content = event.removeprefix(b"data: ")
+    code = _found(content).get("code")
+    status = code if isinstance(code, int) else HTTPStatus.INTERNAL_SERVER_ERROR
+    return b"data: " + bytes(_error(status, content, {}).response().body)
 
 
 def _error(code: int, body: bytes, headers: dict[str, str]) -> ApiError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable, Sequence, Set
+from contextvars import ContextVar
 from http import HTTPStatus
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -14,6 +15,8 @@ from server.middleware.paths import path_of
 
 # Where the digest of the key lies that a request came with.
 TENANT = "trimtab.tenant"
+# The same, for what sees no scope. Each request has a task of its own, and so a context.
+CURRENT: ContextVar[str | None] = ContextVar("tenant", default=None)
 _POLICY_VIOLATION = 1008
 
 
@@ -39,6 +42,7 @@ class KeyMiddleware:
             return
         digest = self._verified(scope["headers"])
         if digest is not None:
+            CURRENT.set(digest.hex())
             await self.app({**scope, TENANT: digest.hex()}, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})

@@ -8,9 +8,8 @@ from http import HTTPStatus
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import ApiError
+from server.middleware.envelope import RETRY_AFTER_SECONDS
 from server.middleware.paths import OPEN_PATHS, path_of
-
-RETRY_AFTER_SECONDS = "1"
 
 
 class QueueMiddleware:

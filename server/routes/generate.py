@@ -27,6 +27,7 @@ from server.engine.payload import KEY
 from server.errors import INVALID_CALIBRATION, ApiError, envelope, in_our_envelope, replaced
 from server.front_end import FrontEnd
 from server.middleware.request_id import SCOPE, Identity
+from server.middleware.request_log import REJECTED, record_of
 from server.receipts import NotApplied, Receipt
 from server.routes.requests import CalibratedChatRequest, CalibratedCompletionRequest
 
@@ -93,12 +94,15 @@ async def _answer(
         if admitted is None:
             return _unified(await handler(request, raw_request))
         request.cache_salt = front_end.cache_salt(admitted, request.cache_salt, raw_request)
-        receipt = front_end.open(admitted, request.n or 1)
+        record = record_of(raw_request.scope)
+        record.methods, record.digest = "+".join(admitted.methods), admitted.short_digest
+        receipt = front_end.open(admitted, request.n or 1, record)
         request.calibrate_with(lambda: front_end.desk.issue(receipt))
         with wording.wanted() if admitted.vision else nullcontext():
             return await calibrated(request, raw_request, handler, receipt)
     except Refusal as refusal:
         front_end.metrics.refused(refusal)
+        record_of(raw_request.scope).outcome = REJECTED
         raise ApiError(
             HTTPStatus.BAD_REQUEST,
             refusal.message,

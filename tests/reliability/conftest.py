@@ -23,10 +23,16 @@ def program(*flags):
     return [sys.executable, "-m", "tests.reliability.serve", *flags]
 
 
+@pytest.fixture(scope="session")
+def embedded():
+    """Folder of the model whose tokenizer and configuration all servers here have."""
+    return models.prepare(models.DEFAULT_MODEL, report=lambda _: None)
+
+
 @pytest.fixture(scope="package")
-def server(tmp_path_factory):
-    models.prepare(models.DEFAULT_MODEL, report=lambda _: None)
+def server(embedded, tmp_path_factory):
     log = tmp_path_factory.mktemp("reliability") / "log"
     limits = ["--header-timeout", "1", "--body-timeout", "2"]
-    with serving(log, "--max-model-len", "2048", *limits, program=program) as running:
+    written = ["--logging-config.formatter", "json"]
+    with serving(log, "--max-model-len", "2048", *limits, *written, program=program) as running:
         yield running

@@ -8,6 +8,9 @@ the cache, grammars and the forward pass.
 from __future__ import annotations
 
 import asyncio
+import sys
+import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,20 +24,23 @@ from server.engine.payload import KEY, Payload, Report, Tally
 
 # Tokens of a long answer; each comes as an output of its own, as from a real engine.
 LONGEST = 4
-# Outputs of a request that is held: none, until it is aborted or the core dies.
+# Outputs of a request that is held: none, until it is aborted or the core is gone.
 HELD = 424242
+# All tokens of a request that is paced, one at a time.
+PACED, PACE_SECONDS = 434343, 0.05
 
 
 class AnsweringCore:
     """In the place of `AsyncMPClient`, with what the front end calls of it.
 
-    A request with `seed` = `HELD` gets no answer.
+    A request with `seed` = `HELD` gets no answer, one with `PACED` gets it bit by bit. Told
+    to stop, it has some time for what it was asked, as vLLM's has.
     """
 
     def __init__(self) -> None:
         self.engine_ranks_managed = [0]
         self.resources = SimpleNamespace(engine_dead=False, engine_manager=self)
-        self.aborted: list[str] = []
+        self._running: dict[str, asyncio.Task[None] | None] = {}
         self._outputs: asyncio.Queue[EngineCoreOutputs | None] = asyncio.Queue()
 
     def __getattr__(self, name: str) -> Any:
@@ -52,14 +58,26 @@ class AnsweringCore:
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         if self.resources.engine_dead:
             raise EngineDeadError()
-        params = request.sampling_params
-        if params is not None and params.seed != HELD:
-            count = min(params.max_tokens or 1, LONGEST)
-            for position in range(count):
-                self._outputs.put_nowait(_output(request, position, last=position == count - 1))
+        seed = getattr(request.sampling_params, "seed", None)
+        if seed == HELD:
+            self._running[request.request_id] = None
+        elif seed == PACED:
+            self._running[request.request_id] = asyncio.create_task(self._answer_slowly(request))
+        elif request.sampling_params is not None:
+            for output in _outputs(request, LONGEST):
+                self._outputs.put_nowait(output)
+
+    async def _answer_slowly(self, request: EngineCoreRequest) -> None:
+        for output in _outputs(request, sys.maxsize):
+            await asyncio.sleep(PACE_SECONDS)
+            self._outputs.put_nowait(output)
+        del self._running[request.request_id]
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
-        self.aborted += request_ids
+        for request_id in request_ids:
+            task = self._running.pop(request_id, None)
+            if task is not None:
+                task.cancel()
 
     async def get_output_async(self) -> EngineCoreOutputs:
         outputs = await self._outputs.get()
@@ -76,11 +94,21 @@ class AnsweringCore:
         self._outputs.put_nowait(None)
 
     def shutdown(self, timeout: float | None = None) -> None:
-        pass
+        """End when nothing runs, or time is up. What runs then is never heard of again."""
+        deadline = time.monotonic() + (timeout or 0)
+        while self._running and time.monotonic() < deadline:
+            time.sleep(PACE_SECONDS)
+        self.resources.engine_dead = True
 
 
 async def _unanswered(*args: Any, **kwargs: Any) -> None:
     return None
+
+
+def _outputs(request: EngineCoreRequest, longest: int) -> Iterator[EngineCoreOutputs]:
+    count = min(request.sampling_params.max_tokens or 1, longest)
+    for position in range(count):
+        yield _output(request, position, last=position == count - 1)
 
 
 def _output(request: EngineCoreRequest, position: int, *, last: bool) -> EngineCoreOutputs:

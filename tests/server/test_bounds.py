@@ -172,8 +172,9 @@ def test_so_are_those_in_a_bias():
 
 
 def test_every_limit_of_requests_has_a_rule():
-    connection = {"max_body_bytes", "header_timeout", "body_timeout", "max_queued_requests"}
-    assert {rule.limit for rule in RULES} == {f.name for f in fields(Limits)} - connection
+    elsewhere = {"max_body_bytes", "header_timeout", "body_timeout", "request_timeout"}
+    elsewhere |= {"max_queued_requests", "max_sequences"}
+    assert {rule.limit for rule in RULES} == {f.name for f in fields(Limits)} - elsewhere
 
 
 VALUES = st.recursive(
@@ -212,3 +213,22 @@ def test_no_number_beyond_the_limit_gets_through(value):
         check({"n": value}, TIGHT)
     else:
         refusal({"n": value})
+
+
+@pytest.mark.parametrize(
+    ("body", "asked"),
+    [
+        ({"prompt": listed(3), "n": 2}, 6),
+        ({"prompt": listed(3), "best_of": "2", "n": 1}, 6),
+        ({"messages": [[USER]] * 2, "n": 3}, 6),
+        ({"prompt": [1, 2, 3], "n": 3}, 3),
+        ({"prompt": "x"}, 1),
+        ({"n": 0}, 1),
+    ],
+)
+def test_prompts_and_choices_multiply(body, asked):
+    check(body, replace(TIGHT, max_sequences=asked))
+    if asked > 1:
+        error = refusal(body, replace(TIGHT, max_sequences=asked - 1))
+        assert error.param == "n"
+        assert f"{asked} sequences; at most {asked - 1} are allowed (--max-sequences)" in str(error)

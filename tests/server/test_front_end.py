@@ -7,6 +7,8 @@ from server.engine.payload import KEY, Payload, Report, Tally
 from server.engine.text_pass import OUTPUTS
 from server.front_end import FrontEnd
 from server.metrics import Metrics
+from server.middleware.keys import CURRENT
+from server.middleware.request_log import Record
 
 
 @pytest.fixture
@@ -42,3 +44,58 @@ def test_nothing_is_let_in_once_draining_has_begun(front_end):
     assert not front_end.draining
     front_end.drain(0)
     assert front_end.draining
+
+
+def salt_of(front_end, tenant, salt):
+    token = CURRENT.set(tenant)
+    try:
+        return front_end.tenant_salt(salt)
+    finally:
+        CURRENT.reset(token)
+
+
+def test_salts_of_tenants_differ_and_those_of_one_do_not(front_end):
+    cases = [("a", None), ("a", "x"), ("b", None), ("b", "x"), ("a", "b"), ("a", "")]
+    salts = [salt_of(front_end, *case) for case in cases]
+    assert len(set(salts)) == len(cases)
+    assert salts == [salt_of(front_end, *case) for case in cases]
+    assert all(len(salt) == 64 and set(salt) <= set("0123456789abcdef") for salt in salts)
+
+
+def test_no_salt_can_be_made_without_the_secret(front_end):
+    first = salt_of(front_end, "a", "x")
+    front_end.salt_key = b"another"
+    assert salt_of(front_end, "a", "x") != first
+
+
+@pytest.mark.parametrize("salt", [None, "x"])
+def test_without_keys_the_salt_is_the_clients(front_end, salt):
+    assert salt_of(front_end, None, salt) == salt
+
+
+@pytest.mark.parametrize(("answered", "outcome"), [(True, "applied"), (False, "failed")])
+def test_the_log_is_told_how_a_calibrated_request_ended(front_end, answered, outcome):
+    log = Record()
+    admitted = front_end.admission.admit({"method": "zerotuning", "gamma": 2.0})
+    receipt = front_end.open(admitted, 1, log)
+    front_end.desk.issue(receipt)
+    front_end.report(Report(receipt.tickets[0], [Tally(prompt_tokens=4)]), 0)
+    front_end.close(receipt, answered=answered)
+    assert log.outcome == outcome
+
+
+def test_a_span_tells_what_was_calibrated(front_end):
+    admitted = front_end.admission.admit({"method": "zerotuning", "gamma": 2.0})
+    receipt = front_end.open(admitted, 1)
+    front_end.desk.issue(receipt)
+    report = Report(receipt.tickets[0], [Tally(prompt_tokens=4, completion_tokens=2)])
+    front_end.report(report, 0)
+    assert front_end.attributes(report) == {
+        "trimtab.calibration.methods": "zerotuning",
+        "trimtab.calibration.digest": admitted.short_digest,
+        "trimtab.calibration.outcome": "applied",
+        "trimtab.calibration.prompt_tokens": 4,
+        "trimtab.calibration.completion_tokens": 2,
+    }
+    front_end.close(receipt, answered=True)
+    assert front_end.attributes(report) == {}

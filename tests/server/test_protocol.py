@@ -70,7 +70,7 @@ def listening(server):
     while not running.started and time.monotonic() < deadline:
         time.sleep(0.005)
     server.port = running.servers[0].sockets[0].getsockname()[1]
-    yield
+    yield running
     running.should_exit = True
     running.force_exit = True
     thread.join(10)
@@ -280,3 +280,12 @@ def test_a_refusal_of_head_is_headers_alone(connect, caplog, body, status):
     assert found.startswith(b"HTTP/1.1 " + status)
     assert found.endswith(b"\r\n\r\n")
     assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+def test_whoever_does_not_read_does_not_hold_up_the_end(server, connect):
+    with listening(server) as running:
+        assert running.config.timeout_graceful_shutdown is None
+        connection = connect()
+        connection.sendall(b"GET /stream HTTP/1.0\r\n\r\n")
+        assert b"two" in everything(connection)
+        assert running.config.timeout_graceful_shutdown == protocol.FAREWELL_SECONDS

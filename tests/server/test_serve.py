@@ -8,6 +8,8 @@ import os
 import pytest
 from transformers import BertConfig, DeepseekV2Config, LlamaConfig, WhisperConfig
 
+from server import serve
+from server.engine.ending import EngineDied
 from server.engine.startup import StartupRefused
 from server.fingerprint import fingerprint
 from server.serve import HEADER_BYTES, checked, main, parse
@@ -45,7 +47,7 @@ def check(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
         # float32: with bfloat16, what may be served depends on the processor.
         usual = [str(tmp_path), "--skip-tokenizer-init", "--dtype", "float32"]
-        checked([*usual, *flags], lambda line: None)
+        return checked([*usual, *flags], lambda line: None)
 
     return run
 
@@ -194,3 +196,30 @@ def test_headers_are_bounded_more_closely_than_by_vllm():
 def test_a_key_file_that_cannot_be_used_stops_the_start(capsys, tmp_path):
     assert main([str(tmp_path), "--api-key-file", str(tmp_path / "none")]) == 2
     assert "--api-key-file" in capsys.readouterr().err
+
+
+def test_an_engine_that_died_is_no_success(monkeypatch, capsys):
+    def die(argv, report):
+        raise EngineDied("the engine has died")
+
+    monkeypatch.setattr(serve, "serve", die)
+    assert main([]) == 1
+    assert "the engine has died" in capsys.readouterr().err
+
+
+def test_the_queue_is_bounded_in_sequences_and_tokens(check):
+    args = check(LLAMA, "--max-num-seqs", "8", "--max-queued-requests", "5")
+    assert (args.max_num_queued_reqs, args.max_num_queued_tokens) == (13, serve.QUEUED_TOKENS)
+    args = check(LLAMA, "--max-num-queued-reqs", "7", "--max-num-queued-tokens", "900")
+    assert (args.max_num_queued_reqs, args.max_num_queued_tokens) == (7, 900)
+
+
+def test_workers_that_wait_for_a_dead_one_do_not_wait_for_long(check):
+    check(LLAMA)
+    assert os.environ["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] == "2"
+
+
+def test_unless_somebody_says_how_long(check, monkeypatch):
+    monkeypatch.setenv("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "9")
+    check(LLAMA)
+    assert os.environ["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] == "9"

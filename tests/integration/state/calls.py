@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import Any
@@ -87,6 +89,13 @@ class Caller:
         if self._response is not None:
             self._response.close()
         self._connection.close()
+
+    def break_off(self) -> None:
+        """Reset the connection, as a process does that is killed with something left to read."""
+        assert self._connection.sock is not None
+        linger = struct.pack("ii", 1, 0)
+        self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.hang_up()
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from tests.integration.attempts import in_time
@@ -27,6 +31,10 @@ from tests.integration.state.conftest import PLACES
 NEW_TOKENS = 1400
 # What all together may generate until everybody has hung up in time: fifty steps.
 FEW = 50 * PLACES
+DISCONNECTS = int(os.environ.get("DISCONNECTS", "1000"))
+PARALLEL = 16
+GROWTH = 10 << 20
+log = logging.getLogger(__name__)
 
 
 def in_the_prompt(server: Server, call: Callable[..., Caller]) -> list[Caller]:
@@ -141,3 +149,39 @@ def test_requests_are_counted_once_whenever_their_clients_hang_up(server):
         return set(ended) == {"applied", "failed"}
 
     in_time(attempt)
+
+
+def leave(server: Server, draw: random.Random) -> None:
+    """Ask for much, and hang up at any moment, with a farewell or without."""
+    setting = draw.choice([None, SETTING])
+    tokens = prompt(draw.randrange(10**6), draw.randint(1, 300))
+    stream = draw.random() < 0.5
+    caller = Caller(server, body(tokens, setting, max_tokens=NEW_TOKENS, stream=stream))
+    time.sleep(draw.uniform(0, 0.6))
+    if draw.random() < 0.5:
+        caller.break_off()
+    else:
+        caller.hang_up()
+
+
+def resident(server: Server) -> dict[str, int]:
+    """Bytes of memory by process."""
+    with server.client() as client:
+        sizes = client.get("/sizes").json()
+    return {name: psutil.Process(sizes[name]["pid"]).memory_info().rss for name in sizes}
+
+
+@pytest.mark.long
+def test_a_thousand_random_disconnects_leave_nothing(server):
+    draws = [random.Random(seed) for seed in range(2 * DISCONNECTS)]
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        # As many before: what grows once is not what leaks.
+        list(pool.map(lambda draw: leave(server, draw), draws[:DISCONNECTS]))
+        before, memory = settled(server), resident(server)
+        list(pool.map(lambda draw: leave(server, draw), draws[DISCONNECTS:]))
+    assert settled(server) == before
+    assert server.metric("vllm:kv_cache_usage_perc") == 0
+    growth = {name: size - memory[name] for name, size in resident(server).items()}
+    shown = {name: f"{size / (1 << 20):.1f} MiB" for name, size in growth.items()}
+    log.info("%d disconnects: memory grew by %s", DISCONNECTS, shown)
+    assert max(growth.values()) < GROWTH

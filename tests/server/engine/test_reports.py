@@ -1,10 +1,9 @@
-import time
 from types import SimpleNamespace
 
 import pytest
 
 from server.engine.payload import KEY, Report, Tally
-from server.engine.reports import listen, on_shutdown
+from server.engine.reports import listen
 
 
 class FakeProcessor:
@@ -77,54 +76,3 @@ def test_an_aborted_request_is_not_reported_and_shows_nothing(listening, make_ou
     processor.process_outputs([make_output("a", {KEY: report().to_transfer_params()})])
     assert heard == []
     assert processor.log[0][0] == [("a", None)]
-
-
-class FakeEngine:
-    """An engine client that is shut down; `pending` counts what still runs, look by look."""
-
-    def __init__(self, manager, pending=(), calls=None):
-        self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=manager))
-        self.pending = list(pending)
-        self.calls = calls
-
-    def get_num_unfinished_requests(self):
-        return self.pending.pop(0)
-
-    def shutdown(self, timeout=None):
-        self.calls.append(timeout)
-        return "down"
-
-
-def test_shutdown_is_announced_first():
-    calls = []
-    engine = FakeEngine(manager="ours", calls=calls)
-    on_shutdown(engine, lambda seconds: calls.append(f"announced {seconds}"))
-    assert engine.shutdown(timeout=2) == "down"
-    assert calls == ["announced 2", pytest.approx(2, abs=0.5)]
-
-
-def test_what_the_announcement_takes_is_taken_off():
-    calls = []
-    engine = FakeEngine(manager="ours", calls=calls)
-    on_shutdown(engine, lambda seconds: time.sleep(0.02))
-    engine.shutdown(timeout=0.01)
-    assert calls == [0]
-
-
-def test_one_api_server_of_several_waits_for_its_requests():
-    calls = []
-    engine = FakeEngine(manager=None, pending=[2, 1, 0], calls=calls)
-    on_shutdown(engine, lambda seconds: calls.append("announced"))
-    engine.shutdown(timeout=60)
-    assert engine.pending == []
-    assert calls == ["announced", pytest.approx(60, abs=5)]
-
-
-@pytest.mark.parametrize("timeout", [0, None])
-def test_without_time_to_drain_it_does_not_wait(timeout):
-    calls = []
-    engine = FakeEngine(manager=None, pending=[1, 1], calls=calls)
-    on_shutdown(engine, lambda seconds: None)
-    engine.shutdown(timeout=timeout)
-    assert engine.pending == [1]
-    assert calls == [timeout]

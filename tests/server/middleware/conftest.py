@@ -8,6 +8,8 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from server.middleware.keys import CURRENT
+
 
 @pytest.fixture
 def make_client():
@@ -21,6 +23,7 @@ def make_client():
                     "length": len(body),
                     "headers": [[n.decode(), v.decode("latin-1")] for n, v in request.headers.raw],
                     "tenant": request.scope.get("trimtab.tenant"),
+                    "current": CURRENT.get(),
                 }
             )
 

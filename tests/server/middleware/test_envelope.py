@@ -67,6 +67,11 @@ def test_headers_stay(ask):
     assert (response.headers["Retry-After"], response.headers["X-Load"]) == ("7", "3")
 
 
+@pytest.mark.parametrize(("status", "said"), [(503, "1"), (429, "1"), (500, None)])
+def test_where_trying_again_may_help_an_answer_says_when(ask, status, said):
+    assert ask(PlainTextResponse("x", status)).headers.get("Retry-After") == said
+
+
 def test_an_error_in_pieces_is_put_together(ask):
     async def pieces():
         for byte in json.dumps(OURS):
@@ -87,3 +92,53 @@ def test_some_paths_have_a_form_of_their_own(ask):
         JSONResponse({"status": "draining"}, 503), "/ready", exempt=frozenset({"/ready"})
     )
     assert response.json() == {"status": "draining"}
+
+
+def events(*bodies):
+    """A stream of an answer and these errors, each written as vLLM writes it."""
+
+    async def pieces():
+        yield 'data: {"choices":[{"text":"data: {\\"error\\": 1}"}]}\n\n'
+        for body in bodies:
+            yield f"data: {json.dumps(body)}\n\n"
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(pieces(), media_type="text/event-stream")
+
+
+DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+
+
+@pytest.mark.parametrize(
+    ("given", "message", "kind", "code"),
+    [
+        ({"message": "gone", "type": "X", "code": 503}, "gone", "server_error", None),
+        ({"message": DEAD, "code": 500}, "the engine has died", "server_error", None),
+        ({"message": "m", "code": 400}, "m", "invalid_request_error", "bad_request"),
+        ({"message": "m", "code": "ours", "param": "p"}, "m", "server_error", "ours"),
+        ("text", "text", "server_error", None),
+        ({"message": "a" * 9000, "code": 500}, "a" * 1000 + "...", "server_error", None),
+    ],
+)
+def test_an_error_in_a_stream_has_the_form_of_all_errors(ask, given, message, kind, code):
+    first, error, last, end = ask(events({"error": given})).text.split("\n\n")
+    assert (first, last, end) == (
+        'data: {"choices":[{"text":"data: {\\"error\\": 1}"}]}',
+        "data: [DONE]",
+        "",
+    )
+    found = json.loads(error.removeprefix("data: "))["error"]
+    assert set(found) == {"message", "type", "param", "code"}
+    assert (found["message"], found["type"]) == (message, kind)
+    assert code is None or found["code"] == code
+
+
+def test_a_stream_without_errors_keeps_every_byte(ask):
+    assert ask(events()).text == (
+        'data: {"choices":[{"text":"data: {\\"error\\": 1}"}]}\n\ndata: [DONE]\n\n'
+    )
+
+
+def test_what_is_no_stream_of_events_is_not_read(ask):
+    body = b'data: {"error": 1}\n\n'
+    assert ask(Response(body)).content == body
