@@ -1,0 +1,44 @@
+"""Triton kernels run by Triton's interpreter, on tensors of the CPU.
+
+`TRITON_INTERPRET` has to be set before Triton is imported, for the whole process and all that it
+starts. Instead, the compiled functions of some modules give way to interpreted ones for as long as
+they are needed, and so does Triton's own library, which they call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+
+# Loaded on the first launch otherwise, and then refused for what is interpreted by then.
+import triton.experimental.gluon  # noqa: F401
+import triton.language as tl
+from triton.language import standard
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+
+class Interpreted(InterpretedFunction):
+    """A function whose calls by a kernel leave the library patched as the kernel's launch did.
+
+    Each would patch it again, which takes longer than most of them do.
+    """
+
+    def __call__(self, *args: object, **options: object) -> object:
+        return self.rewrite()(*args, **options)
+
+
+@contextlib.contextmanager
+def interpreted(*modules: ModuleType) -> Iterator[None]:
+    """Interpret the kernels of `modules`."""
+    made: dict[object, Interpreted] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (tl, standard, *modules):
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction):
+                    own = made.setdefault(value.fn, Interpreted(value.fn))
+                    patch.setattr(module, name, own)
+        yield
