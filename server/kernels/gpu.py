@@ -20,7 +20,7 @@ from server.kernels import (
     gpu_probabilities,
     gpu_rescale,
 )
-from server.kernels.gpu_launch import Form, Launch, power_of_2, strided
+from server.kernels.gpu_launch import FEW_KEYS, Form, Launch, keys_at_once, power_of_2, strided, warps
 from server.kernels.gpu_logits import LOG2E
 from server.kernels.gpu_tables import DevicePools, DeviceRows
 from server.kernels.partials import (
@@ -210,7 +210,7 @@ class Attention:
             strided(output),
             done,
             parts,
-            FORM=self._form.constants(),
+            FORM=self._form.constants(FEW_KEYS),
             LANES=lanes,
         )
 
@@ -239,10 +239,11 @@ class Attention:
             parts,
             table.steps,
             rows.count,
-            FORM=form.constants(),
+            FORM=form.constants(keys_at_once(form, lanes[1], table.pools)),
             LANES=lanes,
             KIND=_kind(table),
             VALUES=int(values),
+            num_warps=warps(lanes[1]),
         )
         return (peak, total, sums), chunk
 

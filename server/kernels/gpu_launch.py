@@ -17,6 +17,8 @@ READABLE = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_LANES = 16
 # Lanes of a program where rows are plenty. Unmeasured: what stock kernels use.
 LANES = 64
+# Keys at a time where a list of keys is read, which is short as a rule.
+FEW_KEYS = 16
 # Programs that keep a large GPU busy. Unmeasured: two to four for each of 132 or 144 processors.
 PROGRAMS = 512
 # Keys below which a split is not worth its sums.
@@ -27,6 +29,11 @@ MOST_SPLITS = 32
 def power_of_2(least: int) -> int:
     """The least power of 2 that is not below `least`."""
     return 1 << max(least - 1, 0).bit_length()
+
+
+def warps(lanes: int) -> int:
+    """Warps of a program; with four, 64 lanes with their lists do not fit in registers."""
+    return 8 if lanes >= LANES else 4
 
 
 def strided(tokens: Tensor) -> tuple[Tensor, int, int]:
@@ -103,6 +110,11 @@ class Form:
 
 def _or_something(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device) if len(tensor) else torch.zeros(1, device=device)
+
+
+def keys_at_once(form: Form, lanes: int, pools: int) -> int:
+    """Keys that a program takes at a time; fewer where many lanes look them up in lists."""
+    return 32 if lanes >= LANES and pools else form.block_n
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,10 @@ def _measured(q, slope, lane, cache, request, kv, pool, level, numbers, FORM: tl
         p = power_at_most_one(visible(x, lane, key, seen, numbers[2]) - level[:, None])
         mass += tl.sum(p, 1)
         v = load_values(cache, place, seen, FORM)
-        sums += tl.dot(p, v.to(tl.float32), input_precision="ieee")
+        # In two parts, which keep 16 bits: a pool of one key is rounded once, as its value.
+        high = p.to(v.dtype)
+        sums += tl.dot(high, v, input_precision="ieee")
+        sums += tl.dot((p - high.to(tl.float32)).to(v.dtype), v, input_precision="ieee")
     return mass, sums
 
 
