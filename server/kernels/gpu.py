@@ -7,6 +7,7 @@ last bits of a calibrated row may depend on how many calibrated rows share its s
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +21,15 @@ from server.kernels import (
     gpu_probabilities,
     gpu_rescale,
 )
-from server.kernels.gpu_launch import FEW_KEYS, Form, Launch, keys_at_once, power_of_2, strided, warps
-from server.kernels.gpu_logits import LOG2E
+from server.kernels.gpu_launch import (
+    FEW_KEYS,
+    Form,
+    Launch,
+    keys_at_once,
+    power_of_2,
+    strided,
+    warps,
+)
 from server.kernels.gpu_tables import DevicePools, DeviceRows
 from server.kernels.partials import (
     TILE,
@@ -74,12 +82,13 @@ class Attention:
     def log_sum_exp(self) -> Tensor:
         """`log2 sum_j 2^s_ij` of the base-2 logits, learned sinks included.
 
-        float32 `[rows, query_heads]`, undefined on heads that are not selected. Taken from the stock
-        kernel where that gave it; else every key is read once.
+        float32 `[rows, query_heads]`, undefined on heads that are not selected. Taken from the
+        stock kernel where that gave it; else every key is read once.
         """
         if self._stock is not None:
             token = self._rows.tensors[0].clamp(min=0)
-            return (self._stock[:, token] * LOG2E.value).T.contiguous()
+            natural: Tensor = self._stock[:, token]
+            return natural.T.contiguous() / math.log(2)
         nothing = DevicePools.of(PoolTable.none(1, 1), 1, self._device)
         return self._reduced(nothing, self._divided(nothing, None, values=False), values=False)[2]
 

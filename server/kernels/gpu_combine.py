@@ -32,9 +32,9 @@ def combine(
     """Sum the columns of a row and head into `output`; without pools, scale what is there.
 
     Grid `(rows, query_heads)`. `output` is `(pointer, stride of tokens, of heads)`; `heads` bool
-    `[rows, query_heads]`. Columns from `POOLS` up to the last are weighted. Where the factors change
-    nothing `output` keeps every bit: the sum would be rounded otherwise. A result that is not finite
-    is not written, and clears the row's flag in `finite`.
+    `[rows, query_heads]`. Columns from `POOLS` up to the last are weighted. Where the factors
+    change nothing `output` keeps every bit: the sum would be rounded otherwise. A result that is
+    not finite is not written, and clears the row's flag in `finite`.
     """
     row, head = tl.program_id(0), tl.program_id(1)
     at = row.to(tl.int64) * tl.num_programs(1) + head

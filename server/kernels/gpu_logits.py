@@ -1,8 +1,8 @@
 """Logits over a paged cache of any strides, as every Triton kernel here forms them.
 
 Logits and log-sum-exps are in base 2. Untyped, because Triton compiles each function per argument
-types; shapes are those of `server.kernels.partials`. `M` are lanes, which are queries, and `N` keys.
-A lane is `(row, head, valid, position)`, each `[M]`. Arguments in groups:
+types; shapes are those of `server.kernels.partials`. `M` are lanes, which are queries, and `N`
+keys. A lane is `(row, head, valid, position)`, each `[M]`. Arguments in groups:
 
 - `query`: pointer, stride of tokens, stride of heads
 - `cache`: keys, values, strides of pages, heads and slots, block table, its stride

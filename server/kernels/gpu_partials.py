@@ -33,7 +33,7 @@ from server.kernels.gpu_logits import (
 
 @triton.jit
 def _search(keys, begin, end, key, steps):
-    """Where `key` `[N]` is or would be in the ascending `keys[begin:end]` of each lane; `[M, N]`."""
+    """Where `key` `[N]` is or would be in the ascending `keys[begin:end]` of a lane; `[M, N]`."""
     low = begin[:, None] + key[None, :] * 0
     high = end[:, None] + key[None, :] * 0
     for _ in range(steps):
@@ -149,14 +149,13 @@ def divide(
     `(GROUP, DIM, BLOCK_D, PAGE, BLOCK_N, CAPPED, ALIBI)` and `LANES` `(rows, lanes)` of a program.
     """
     COLUMNS: tl.constexpr = KIND[0] * (1 + KIND[1]) + 1
-    BLOCK_M: tl.constexpr = LANES[1]
     tile, kv, split = tl.program_id(0) // parts, tl.program_id(1), tl.program_id(2)
     begin = tl.load(rows[4] + tile) + tl.program_id(0) % parts * LANES[0]
     end = tl.minimum(tl.load(rows[4] + tile + 1), begin + LANES[0])
     if begin >= end:
         return
-    lane, column, token = lanes(rows, heads, begin, end, kv, FORM[0], COLUMNS, BLOCK_M)
-    row, head, valid, position = lane
+    lane, column, token = lanes(rows, heads, begin, end, kv, FORM[0], COLUMNS, LANES[1])
+    row, head, valid, _ = lane
     first, last = reach(lane, model[0][2])
     start, stop = tl.maximum(split * chunk, first), tl.minimum(split * chunk + chunk, last + 1)
     if start >= stop:
@@ -167,8 +166,8 @@ def divide(
     at = row.to(tl.int64) * query_heads + head
     q, slope = load_query(query, token, head, valid, FORM), slopes_of(model[1], head, valid, FORM)
     known = tl.load(lse + at, mask=valid, other=0.0) if KIND[2] else slope
-    peak, total = tl.full([BLOCK_M], NEVER, tl.float32), tl.full([BLOCK_M], 0.0, tl.float32)
-    sums = tl.full([BLOCK_M, FORM[2] if VALUES else 1], 0.0, tl.float32)
+    peak, total = tl.full([LANES[1]], NEVER, tl.float32), tl.full([LANES[1]], 0.0, tl.float32)
+    sums = tl.full([LANES[1], FORM[2] if VALUES else 1], 0.0, tl.float32)
     for low in range(start, stop, FORM[4]):
         key = low + tl.arange(0, FORM[4])
         seen = key < stop

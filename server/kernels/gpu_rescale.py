@@ -10,7 +10,6 @@ import triton.language as tl
 
 from server.kernels.gpu_logits import (
     LOG2E,
-    NEVER,
     lanes,
     load_keys,
     load_query,

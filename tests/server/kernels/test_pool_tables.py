@@ -79,7 +79,7 @@ def member(case: Problem, described: list, table: PoolTable, request: int, pool:
 @settings(max_examples=80)
 @given(tables())
 def test_tables_match_the_reference(drawn):
-    case, described, table = drawn
+    case, _, table = drawn
     heads = torch.ones(len(case.keys), case.query.shape[1], dtype=torch.bool)
     got = attention(case, heads).pool_partials(table)
     assert_matches(got, drawn, pools_rounding=0)

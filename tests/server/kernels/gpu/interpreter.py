@@ -18,7 +18,12 @@ import pytest
 import triton.experimental.gluon  # noqa: F401
 import triton.language as tl
 from triton.language import standard
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import (
+    InterpretedFunction,
+    InterpreterBuilder,
+    TensorHandle,
+    _convert_float,
+)
 from triton.runtime.jit import JITFunction
 
 
@@ -37,11 +42,33 @@ class Interpreted(InterpretedFunction):
         return self.rewrite()(*args, **options)
 
 
+_product = InterpreterBuilder.create_dot
+
+
+def _dot(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: object) -> object:
+    """Triton 3.9 keeps bfloat16 as bits, and multiplies the bits."""
+    return _product(builder, _as_float(a), _as_float(b), *rest)
+
+
+def _as_float(x: TensorHandle) -> TensorHandle:
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    bits = _convert_float(x.data, tl.bfloat16, tl.float32, None)
+    return TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def _splat(builder: InterpreterBuilder, block: object, scalar: TensorHandle) -> TensorHandle:
+    """Triton 3.9 makes a number of a comparison's result where it meets a block."""
+    return TensorHandle(np.full(block.shape, scalar.data, scalar.data.dtype), scalar.dtype.scalar)
+
+
 @contextlib.contextmanager
 def interpreted(*modules: ModuleType) -> Iterator[None]:
     """Interpret the kernels of `modules`."""
     made: dict[object, Interpreted] = {}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", _dot)
+        patch.setattr(InterpreterBuilder, "create_splat", _splat)
         for module in (tl, standard, *modules):
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):

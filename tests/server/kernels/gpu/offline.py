@@ -15,13 +15,15 @@ class Absent:
     """Stands in for the driver of a GPU of some compute capability."""
 
     def __init__(self, capability: int) -> None:
+        self._capability = capability
         self._target = GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> GPUTarget:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        # Kernels are kept by device, whatever its capability.
+        return self._capability
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -14,7 +14,7 @@ from tests.server.kernels.test_columns import dense
 from tests.server.kernels.test_properties import within
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(problems(whole=True), LAYOUT, st.data())
 def test_column_means_match_the_reference(case, layout, data):
     slots, query_heads = len(case.keys), case.query.shape[1]
@@ -37,7 +37,7 @@ def test_prompts_that_differ_in_heads_keep_apart():
     assert got.count_nonzero() == 40 + 70
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(problems(), LAYOUT, st.data())
 def test_probabilities_match_the_reference(case, layout, data):
     slots, query_heads = len(case.keys), case.query.shape[1]

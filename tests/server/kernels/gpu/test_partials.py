@@ -27,7 +27,7 @@ def short_splits():
         yield
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(pooled(), LAYOUT)
 def test_partials_match_the_reference(drawn, layout):
     case, pools = drawn
@@ -39,7 +39,7 @@ def test_partials_match_the_reference(drawn, layout):
     assert within(got.value.cpu(), rough[1], exact[1], weight_rounding(case))
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(tables(problems()), LAYOUT)
 def test_tables_match_the_reference(drawn, layout):
     case, _, table = drawn
@@ -49,7 +49,7 @@ def test_tables_match_the_reference(drawn, layout):
     assert_matches(on_host, drawn, pools_rounding=weight_rounding(case))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(problems(), st.data())
 def test_weights_are_a_column_beside_their_pool(case, data):
     """Any finite weight, of either sign and 0."""
@@ -70,7 +70,9 @@ def test_weights_are_a_column_beside_their_pool(case, data):
             w[..., listed] = p[..., listed] * weights[start : start + len(listed)].to(dtype)
             start += len(listed)
             found.append((w.sum(-1), reference.attend(w, value)))
-    rough, exact = ([torch.cat(each) for each in zip(*found, strict=True)] for found in parts.values())
+    rough, exact = (
+        [torch.cat(each) for each in zip(*found, strict=True)] for found in parts.values()
+    )
     assert got.mass.shape[2] == 3
     assert within(got.mass[..., 1].cpu(), rough[0], exact[0])
     assert within(got.value[:, :, 1].cpu(), rough[1], exact[1], 2 * weight_rounding(case))
@@ -103,7 +105,6 @@ def test_a_log_sum_exp_counts_sinks_and_may_come_from_the_stock_kernel():
     own = attention(case, heads).log_sum_exp
     logs = []
     for request in (0, 1):
-        p, _ = case.dense(request)
         span, length = case.spans[request], len(case.keys[request])
         start = sum(case.spans[:request])
         rows = case.query[start : start + span].double()
@@ -142,7 +143,7 @@ def test_the_rest_keeps_its_digits_where_pools_have_nearly_everything(dtype):
 def test_nothing_is_read_of_a_type_or_an_order_that_kernels_do_not_know():
     case = problem([5], [1], block=16)
     heads = torch.ones(1, 6, dtype=torch.bool)
-    with pytest.raises(ValueError, match="queries are torch.float64"):
+    with pytest.raises(ValueError, match="queries are"):
         attention(replace(case, query=case.query.double()), heads)
     wide = torch.zeros(1, 6, 64, device=DEVICE)[..., ::2]
     with pytest.raises(ValueError, match="strides"):
