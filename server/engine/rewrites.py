@@ -17,8 +17,8 @@ from calibrators.interface import Calibrator, Coefficients, Masses
 from server.engine.guard import attempt
 from server.engine.ranks import Gather
 from server.engine.stack import Stack
-from server.kernels import cpu as kernels
-from server.kernels.partials import Changes, PoolMap, RowMap
+from server.kernels import dispatch as kernels
+from server.kernels.partials import Changes, Partials, PoolMap, RowMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +98,17 @@ class Rescaling:
         self._pool = calibrator.pools[0]
         factors = stack.parameters[str(calibrator.rescales)]
         self._factors, self._pools = factors, maps
-        self._changed, self._complete = stack.changed_by(factors), complete
+        # Not on an accelerator: to leave rows out of the stock kernel's batch makes the host wait.
+        changed = stack.changed_by(factors) if stack.device.type == "cpu" else None
+        self._changed, self._complete = changed, complete
         self._slots = len(stack.programs)
         self._computed: dict[frozenset[int], Tensor] = {}
-        self._changes = Changes.none(len(rows.token), stack.heads[0].shape[1])
+        self._device = stack.device
+        self._changes = Changes.none(len(rows.token), stack.heads[0].shape[1], stack.device)
 
     def computed(self, layer: int) -> frozenset[int]:
         """Slots that the layer changes anything for."""
-        return self._changed[layer] & self._complete
+        return frozenset() if self._changed is None else self._changed[layer] & self._complete
 
     def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
         """Rewrite one layer."""
@@ -113,7 +116,7 @@ class Rescaling:
         if slots not in self._computed:
             table = torch.zeros(self._slots, dtype=torch.bool)
             table[list(slots)] = True
-            self._computed[slots] = table
+            self._computed[slots] = table.to(self._device)
         attention.rescale(
             output, self._pools[layer], self._factors[layer], self._computed[slots], self._changes
         )
@@ -162,7 +165,7 @@ def _factors(result: Coefficients, masses: Masses) -> Tensor:
             raise ValueError("coefficients of weights where no pool has any")
         columns = [plain]
     else:
-        columns = [plain, torch.zeros(()) if result.weighted is None else result.weighted]
+        columns = [plain, plain.new_zeros(()) if result.weighted is None else result.weighted]
     each = [column.float().expand_as(masses.plain) for column in columns]
     return torch.cat([*each, result.rest.float().expand_as(masses.rest)[..., None]], -1)
 
@@ -201,15 +204,15 @@ def _account(changes: Sequence[Change], finite: Tensor) -> Done:
     """All layers of a step together."""
     if not changes:
         rows = len(finite)
-        return Done(finite.numpy(), np.zeros(rows, np.bool_), np.zeros(rows), {})
+        return Done(finite.cpu().numpy(), np.zeros(rows, np.bool_), np.zeros(rows), {})
     counted = torch.stack([change.counted for change in changes])
     touched = torch.stack([change.touched for change in changes])
     sums = {}
     for name in changes[0].statistics:
         values = torch.stack([change.statistics[name] for change in changes])
-        sums[name] = torch.where(counted, values, 0).sum((0, 2)).numpy()
-    rewritten = touched.any(2).any(0).numpy()
-    return Done(finite.numpy(), rewritten, counted.sum((0, 2)).numpy(), sums)
+        sums[name] = torch.where(counted, values, 0).sum((0, 2)).cpu().numpy()
+    rewritten, count = touched.any(2).any(0).cpu().numpy(), counted.sum((0, 2)).cpu().numpy()
+    return Done(finite.cpu().numpy(), rewritten, count, sums)
 
 
 def _in_order(rows: RowMap, stack: Stack) -> bool:
@@ -233,9 +236,9 @@ class Recombining:
     _changes: list[Change] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self._slot = self.rows.slot.long()
+        self._slot = self.rows.slot.long().to(self.stack.device)
         self._direct = _in_order(self.rows, self.stack)
-        self._finite = torch.ones(len(self._slot), dtype=torch.bool)
+        self._finite = torch.ones(len(self._slot), dtype=torch.bool, device=self.stack.device)
 
     def computed(self, layer: int) -> frozenset[int]:  # noqa: ARG002 - the same in all layers
         """None: the stock output is what is corrected."""
@@ -284,15 +287,20 @@ class Scaling:
     _changes: list[Change] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self._slot = self.rows.slot.long()
+        self._slot = self.rows.slot.long().to(self.stack.device)
         self._direct = _in_order(self.rows, self.stack)
-        self._finite = torch.ones(len(self._slot), dtype=torch.bool)
+        self._finite = torch.ones(len(self._slot), dtype=torch.bool, device=self.stack.device)
 
     def computed(self, layer: int) -> frozenset[int]:  # noqa: ARG002 - the same in all layers
         """None: the stock output is what is scaled."""
         return frozenset()
 
-    def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
+    def apply(
+        self,
+        layer: int,
+        attention: kernels.Attention,  # noqa: ARG002 - no key is read
+        output: Tensor,
+    ) -> None:
         """Rewrite one layer; a calibrator that raises fails its requests alone."""
         change = self.stack.scales.get(layer)
         if change is None:
@@ -301,21 +309,22 @@ class Scaling:
             self._finite[:] = False
             return
         self.stack.scales[layer] = change
-        whole = attention.whole
         touched, factors = change.touched, change.factors
         if not self._direct:
             touched, factors = touched[self._slot], factors[self._slot]
+        whole = Partials.whole(output, len(self._slot))
         self._finite &= kernels.combine(output, self.rows, touched, whole, factors)
         self._changes.append(change)
 
     def _change(self, layer: int) -> Change:
         heads = self.stack.heads[layer]
         parameters = {name: table[layer] for name, table in self.stack.parameters.items()}
-        return _asked(self.calibrator, _masses(torch.ones(*heads.shape, 1), 0), parameters, heads)
+        masses = _masses(torch.ones(*heads.shape, 1, device=heads.device), 0)
+        return _asked(self.calibrator, masses, parameters, heads)
 
     def done(self) -> Done:
         """Add up the layers."""
         slot = self.rows.arrays[2]
         own = _account(self._changes, torch.ones(len(self.stack.programs), dtype=torch.bool))
         sums = {name: values[slot] for name, values in own.sums.items()}
-        return Done(self._finite.numpy(), own.rewritten[slot], own.count[slot], sums)
+        return Done(self._finite.cpu().numpy(), own.rewritten[slot], own.count[slot], sums)

@@ -68,11 +68,6 @@ class Attention:
         self._heads = heads.numpy()
         self._model = geometry.in_base_2
 
-    @property
-    def whole(self) -> Partials:
-        """Rows without pools: all of each is the rest, whose value sum is the stock output."""
-        return Partials(0, torch.empty(0), torch.empty(*self._shape[:2], 0, self._shape[2]))
-
     @cached_property
     def log_sum_exp(self) -> Tensor:
         """`log2 sum_j 2^s_ij` of the base-2 logits, learned sinks included; reads every key once.

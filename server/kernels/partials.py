@@ -36,6 +36,30 @@ class PagedCache:
     pages: Tensor
     block_table: Tensor
 
+    def extent(self, head_dim: int) -> tuple[int, int]:
+        """Pages, and tokens of one."""
+        return self.pages.shape[0], self.pages.shape[3] // head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class StridedCache:
+    """Keys and values of one layer as an accelerator keeps them, in any order of heads and slots.
+
+    Attributes:
+        keys: `[pages, kv_heads, block, head_dim]`, float32, bfloat16 or float16; channels side by
+            side, the rest apart as far as it likes.
+        values: the same, with the same strides.
+        block_table: int32 `[requests, pages per request]`; pages side by side.
+    """
+
+    keys: Tensor
+    values: Tensor
+    block_table: Tensor
+
+    def extent(self, head_dim: int) -> tuple[int, int]:  # noqa: ARG002 - as of `PagedCache`
+        """Pages, and tokens of one."""
+        return self.keys.shape[0], self.keys.shape[2]
+
 
 @dataclass(frozen=True)
 class AttentionGeometry:
@@ -204,6 +228,13 @@ class Partials:
         values = columns if pools.pools else 0
         return cls(pools.pools, mass, torch.empty(rows, query_heads, values, dim))
 
+    @classmethod
+    def whole(cls, output: Tensor, rows: int) -> Partials:
+        """Of rows of `output` `[tokens, query_heads, head_dim]` without pools."""
+        _, query_heads, head_dim = output.shape
+        value = output.new_empty(rows, query_heads, 0, head_dim, dtype=torch.float32)
+        return cls(0, value.new_empty(0), value)
+
 
 @dataclass(frozen=True)
 class Changes:
@@ -222,16 +253,17 @@ class Changes:
     finite: Tensor
 
     @classmethod
-    def none(cls, rows: int, query_heads: int) -> Changes:
+    def none(cls, rows: int, query_heads: int, device: torch.device | str = "cpu") -> Changes:
         """Nothing so far."""
         return cls(
-            torch.zeros(rows, query_heads, dtype=torch.int32),
-            torch.zeros(rows, query_heads),
-            torch.zeros(rows, query_heads),
-            torch.ones(rows, dtype=torch.bool),
+            torch.zeros(rows, query_heads, dtype=torch.int32, device=device),
+            torch.zeros(rows, query_heads, device=device),
+            torch.zeros(rows, query_heads, device=device),
+            torch.ones(rows, dtype=torch.bool, device=device),
         )
 
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """The fields in order, as views for the CPU."""
-        return tuple(f.numpy() for f in (self.count, self.before, self.after, self.finite))
+        """The fields in order: views on the CPU, else copies that wait for the device."""
+        fields = (self.count, self.before, self.after, self.finite)
+        return tuple(field.cpu().numpy() for field in fields)
