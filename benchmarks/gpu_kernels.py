@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine
 from benchmarks.figures import table
 from server.kernels.partials import AttentionGeometry, Changes, PoolMap, RowMap, StridedCache
+from server.overhead import machine
 
 BLOCK = 16
 BATCHES = (1, 4, 16, 64, 256)
