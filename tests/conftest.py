@@ -6,6 +6,7 @@ import os
 from typing import Annotated, ClassVar, Literal
 
 import pytest
+import torch
 from hypothesis import settings
 from pydantic import Field
 
@@ -17,6 +18,10 @@ from calibrators.settings import CalibrationSettings
 # new in every run but those of CI, which judges a change and not a draw.
 settings.register_profile("trimtab", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("trimtab")
+
+# Beside another test process and an engine, threads of one product wait for each other's turn: a
+# forward pass of half a second took ten.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
