@@ -53,6 +53,12 @@ def budget(case: Problem, exact: torch.Tensor, rough: torch.Tensor) -> float:
 FACTORS = st.sampled_from([0.1, 0.5, 1.0, 3.0, 10.0])
 
 
+def assert_counted(done, counted, mass):
+    """A mass of float64 may be nothing in float32; whether it counts is left open."""
+    clear = (mass == 0) | (mass > 1e-30)
+    assert torch.equal(done.count.cpu()[clear], counted.int()[clear])
+
+
 @settings(max_examples=15)
 @given(pooled(), LAYOUT, st.data())
 def test_rescaling_matches_the_reference(drawn, layout, data):
@@ -70,7 +76,7 @@ def test_rescaling_matches_the_reference(drawn, layout, data):
     mass, effective = masses(case, only), torch.where(heads, factor, 1)[slot]
     counted = heads[slot] & (mass > 0)
     assert done.finite.all()
-    assert torch.equal(done.count.cpu(), counted.int())
+    assert_counted(done, counted, mass)
     before = torch.where(counted, mass, 0)
     after = effective * before / (1 + (effective - 1) * before)
     torch.testing.assert_close(done.before.cpu().double(), before, atol=4e-6, rtol=0)
@@ -103,7 +109,7 @@ def test_correcting_the_stock_output_matches_the_reference(drawn, layout, data):
     mass, effective = masses(case, only), torch.where(heads, factor, 1)[slot]
     counted = heads[slot] & (mass > 0)
     assert done.finite.all()
-    assert torch.equal(done.count.cpu(), counted.int())
+    assert_counted(done, counted, mass)
     before = torch.where(counted, mass, 0)
     torch.testing.assert_close(done.before.cpu().double(), before, atol=4e-6, rtol=0)
     output = output.cpu()
