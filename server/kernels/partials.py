@@ -37,6 +37,22 @@ class PagedCache:
     block_table: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class StridedCache:
+    """Keys and values of one layer as an accelerator keeps them, in any order of heads and slots.
+
+    Attributes:
+        keys: `[pages, kv_heads, block, head_dim]`, float32, bfloat16 or float16; channels side by
+            side, the rest apart as far as it likes.
+        values: the same, with the same strides.
+        block_table: int32 `[requests, pages per request]`; pages side by side.
+    """
+
+    keys: Tensor
+    values: Tensor
+    block_table: Tensor
+
+
 @dataclass(frozen=True)
 class AttentionGeometry:
     """How the layer forms logits.
