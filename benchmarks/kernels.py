@@ -1,6 +1,7 @@
-"""The CPU kernels by themselves: microseconds per layer, no engine.
+"""The kernels by themselves: microseconds per layer, no engine.
 
 python -m benchmarks.kernels
+python -m benchmarks.kernels --device cuda
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import machine
+from benchmarks import gpu_kernels, machine
 from benchmarks.figures import table
 from server.kernels import cpu
 from server.kernels.partials import (
@@ -73,7 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeat", type=int, default=30)
-    args = parser.parse_args(argv)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    args, others = parser.parse_known_args(argv)
+    if args.device == "cuda":
+        return gpu_kernels.main(others)
+    if others:
+        parser.error(f"unknown: {' '.join(others)}")
     header = (
         "case",
         "threads",
