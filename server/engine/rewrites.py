@@ -17,7 +17,7 @@ from calibrators.interface import Calibrator, Coefficients, Masses
 from server.engine.guard import attempt
 from server.engine.ranks import Gather
 from server.engine.stack import Stack
-from server.kernels import cpu as kernels
+from server.kernels import dispatch as kernels
 from server.kernels.partials import Changes, PoolMap, RowMap
 
 
@@ -96,14 +96,17 @@ class Rescaling:
         self._pool = calibrator.pools[0]
         factors = stack.parameters[str(calibrator.rescales)]
         self._factors, self._pools = factors, maps
-        self._changed, self._complete = stack.changed_by(factors), complete
+        # Not on an accelerator: to leave rows out of the stock kernel's batch makes the host wait.
+        changed = stack.changed_by(factors) if stack.device.type == "cpu" else None
+        self._changed, self._complete = changed, complete
         self._slots = len(stack.programs)
         self._computed: dict[frozenset[int], Tensor] = {}
-        self._changes = Changes.none(len(rows.token), stack.heads[0].shape[1])
+        self._device = stack.device
+        self._changes = Changes.none(len(rows.token), stack.heads[0].shape[1], stack.device)
 
     def computed(self, layer: int) -> frozenset[int]:
         """Slots that the layer changes anything for."""
-        return self._changed[layer] & self._complete
+        return frozenset() if self._changed is None else self._changed[layer] & self._complete
 
     def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
         """Rewrite one layer."""
@@ -111,7 +114,7 @@ class Rescaling:
         if slots not in self._computed:
             table = torch.zeros(self._slots, dtype=torch.bool)
             table[list(slots)] = True
-            self._computed[slots] = table
+            self._computed[slots] = table.to(self._device)
         attention.rescale(
             output, self._pools[layer], self._factors[layer], self._computed[slots], self._changes
         )
@@ -160,7 +163,7 @@ def _factors(result: Coefficients, masses: Masses) -> Tensor:
             raise ValueError("coefficients of weights where no pool has any")
         columns = [plain]
     else:
-        columns = [plain, torch.zeros(()) if result.weighted is None else result.weighted]
+        columns = [plain, plain.new_zeros(()) if result.weighted is None else result.weighted]
     each = [column.float().expand_as(masses.plain) for column in columns]
     return torch.cat([*each, result.rest.float().expand_as(masses.rest)[..., None]], -1)
 
@@ -181,8 +184,8 @@ class Recombining:
     _changes: list[Change] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self._slot = self.rows.slot.long()
-        self._finite = torch.ones(len(self._slot), dtype=torch.bool)
+        self._slot = self.rows.slot.long().to(self.stack.device)
+        self._finite = torch.ones(len(self._slot), dtype=torch.bool, device=self.stack.device)
 
     def computed(self, layer: int) -> frozenset[int]:  # noqa: ARG002 - the same in all layers
         """None: the stock output is what is corrected."""
@@ -234,14 +237,14 @@ class Recombining:
         """Add up the layers."""
         rows = len(self._slot)
         if not self._changes:
-            return Done(self._finite.numpy(), np.zeros(rows, np.bool_), np.zeros(rows), {})
+            return Done(self._finite.cpu().numpy(), np.zeros(rows, np.bool_), np.zeros(rows), {})
         counted = torch.stack([change.counted for change in self._changes])
         touched = torch.stack([change.touched for change in self._changes])
         sums = {name: self._sum(name, counted) for name in self._changes[0].statistics}
-        rewritten = touched.any(2).any(0).numpy()
-        return Done(self._finite.numpy(), rewritten, counted.sum((0, 2)).numpy(), sums)
+        rewritten, count = touched.any(2).any(0).cpu().numpy(), counted.sum((0, 2)).cpu().numpy()
+        return Done(self._finite.cpu().numpy(), rewritten, count, sums)
 
     def _sum(self, statistic: str, counted: Tensor) -> npt.NDArray[Any]:
         values = torch.stack([change.statistics[statistic] for change in self._changes])
-        total: npt.NDArray[Any] = torch.where(counted, values, 0).sum((0, 2)).numpy()
+        total: npt.NDArray[Any] = torch.where(counted, values, 0).sum((0, 2)).cpu().numpy()
         return total

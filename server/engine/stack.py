@@ -14,6 +14,8 @@ from server.engine.pools import LayerPools, stacked
 from server.engine.programs import Program
 from server.kernels.partials import PoolMap, PoolTable
 
+HOST = torch.device("cpu")
+
 
 @dataclass(slots=True)
 class Stack:
@@ -27,6 +29,7 @@ class Stack:
         pools: per layer.
         maps: the same where all are plain and none will change; else None.
         active: layers in which any program is active.
+        device: of heads and parameters; kernels move pools there themselves, once.
     """
 
     programs: Sequence[Program]
@@ -35,14 +38,17 @@ class Stack:
     pools: list[PoolMap | PoolTable]
     maps: Sequence[PoolMap] | None
     active: set[int]
+    device: torch.device
     _changed: list[frozenset[int]] | None = None
 
     @classmethod
-    def of(cls, programs: Sequence[Program]) -> Stack:
+    def of(cls, programs: Sequence[Program], device: torch.device = HOST) -> Stack:
         """Stack the tables of `programs`, one slot each."""
         heads = np.stack([program.heads for program in programs], axis=1)
         parameters = {
-            name: torch.from_numpy(np.stack([p.parameters[name] for p in programs], axis=1))
+            name: torch.from_numpy(np.stack([p.parameters[name] for p in programs], axis=1)).to(
+                device, non_blocking=True
+            )
             for name in programs[0].calibrator.parameters
         }
         pools = _pools(programs)
@@ -50,11 +56,12 @@ class Stack:
         settled = len(maps) == len(pools) and not any(program.observed for program in programs)
         return cls(
             programs,
-            list(torch.from_numpy(heads).unbind()),
+            list(torch.from_numpy(heads).to(device, non_blocking=True).unbind()),
             {name: list(table.unbind()) for name, table in parameters.items()},
             pools,
             maps if settled else None,
             set(np.flatnonzero(np.any([program.active for program in programs], 0)).tolist()),
+            device,
         )
 
     def changed_by(self, factors: Sequence[Tensor]) -> list[frozenset[int]]:
@@ -71,10 +78,10 @@ class Stack:
         That happens in a step that the program takes part in, and so to the stack in use.
         """
         heads = np.stack([program.heads[layer] for program in self.programs])
-        self.heads[layer] = torch.from_numpy(heads)
+        self.heads[layer] = torch.from_numpy(heads).to(self.device, non_blocking=True)
         for name, tables in self.parameters.items():
             rows = [program.parameters[name][layer] for program in self.programs]
-            tables[layer] = torch.from_numpy(np.stack(rows))
+            tables[layer] = torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
         self.pools[layer] = _stacked(self.programs, layer)
         self.active.discard(layer)
         if any(program.active[layer] for program in self.programs):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from calibrators.interface import Calibrator
@@ -15,11 +16,11 @@ from server.engine.batch import Member, row_map
 from server.engine.programs import Program
 from server.engine.ranks import Gather, Share, Union, alone
 from server.engine.rewrites import rewrite
-from server.engine.stack import Stack
+from server.engine.stack import HOST, Stack
 from server.engine.taps.step import StepTaps
 from server.engine.taps.tap import View
-from server.kernels import cpu as kernels
-from server.kernels.partials import AttentionGeometry, PagedCache, RowMap
+from server.kernels import dispatch as kernels
+from server.kernels.partials import AttentionGeometry, PagedCache, RowMap, StridedCache
 
 
 class MethodStep:
@@ -58,15 +59,16 @@ class MethodStep:
         layer: int,
         query: Tensor,
         output: Tensor,
-        cache: PagedCache,
+        cache: PagedCache | StridedCache,
         geometry: AttentionGeometry,
+        stock: Tensor | None = None,
     ) -> None:
         """Rewrite this method's rows of the stock `output` `[tokens, heads, head_dim]`."""
         started = time.perf_counter()
         self._taps.resolve(layer, View(query, output, cache, geometry))
         if layer in self._stack.active and len(self._rows.token):
             heads = self._stack.heads[layer]
-            attention = kernels.Attention(query, cache, self._rows, heads, geometry)
+            attention = kernels.attention(query, cache, self._rows, heads, geometry, stock)
             self._rewrite.apply(layer, attention, output)
         self.seconds += time.perf_counter() - started
 
@@ -149,12 +151,16 @@ class StepPlan:
         layer: int,
         query: Tensor,
         output: Tensor,
-        cache: PagedCache,
+        cache: PagedCache | StridedCache,
         geometry: AttentionGeometry,
+        stock: Tensor | None = None,
     ) -> None:
-        """Rewrite the calibrated rows of one layer, methods in order."""
+        """Rewrite the calibrated rows of one layer, methods in order.
+
+        `stock` are log-sum-exps `[query_heads, tokens]` where the stock kernel gives them.
+        """
         for method in self._methods:
-            method.apply(layer, query, output, cache, geometry)
+            method.apply(layer, query, output, cache, geometry, stock)
 
     def finish(self, union: Union = alone) -> dict[str, float]:
         """Tally what `union` makes of this rank's shares; seconds spent by calibrator."""
@@ -171,10 +177,12 @@ class Planner:
 
     Args:
         gather: brings the heads of all ranks together; None where this one has them all.
+        device: where the layers are computed.
     """
 
-    def __init__(self, gather: Gather | None = None) -> None:
+    def __init__(self, gather: Gather | None = None, device: torch.device = HOST) -> None:
         self._gather = gather
+        self._device = device
         # The programs are held with their stack: identity is only meaningful while both live.
         self._stacks: dict[str, tuple[Sequence[Program], Stack]] = {}
 
@@ -197,7 +205,7 @@ class Planner:
         known = self._stacks.get(name)
         if known is not None and _identical(known[0], programs):
             return known[1]
-        stack = Stack.of(programs)
+        stack = Stack.of(programs, self._device)
         self._stacks[name] = (programs, stack)
         return stack
 

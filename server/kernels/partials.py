@@ -36,6 +36,10 @@ class PagedCache:
     pages: Tensor
     block_table: Tensor
 
+    def extent(self, head_dim: int) -> tuple[int, int]:
+        """Pages, and tokens of one."""
+        return self.pages.shape[0], self.pages.shape[3] // head_dim
+
 
 @dataclass(frozen=True, slots=True)
 class StridedCache:
@@ -51,6 +55,10 @@ class StridedCache:
     keys: Tensor
     values: Tensor
     block_table: Tensor
+
+    def extent(self, head_dim: int) -> tuple[int, int]:  # noqa: ARG002 - as of `PagedCache`
+        """Pages, and tokens of one."""
+        return self.keys.shape[0], self.keys.shape[2]
 
 
 @dataclass(frozen=True)
@@ -238,16 +246,17 @@ class Changes:
     finite: Tensor
 
     @classmethod
-    def none(cls, rows: int, query_heads: int) -> Changes:
+    def none(cls, rows: int, query_heads: int, device: torch.device | str = "cpu") -> Changes:
         """Nothing so far."""
         return cls(
-            torch.zeros(rows, query_heads, dtype=torch.int32),
-            torch.zeros(rows, query_heads),
-            torch.zeros(rows, query_heads),
-            torch.ones(rows, dtype=torch.bool),
+            torch.zeros(rows, query_heads, dtype=torch.int32, device=device),
+            torch.zeros(rows, query_heads, device=device),
+            torch.zeros(rows, query_heads, device=device),
+            torch.ones(rows, dtype=torch.bool, device=device),
         )
 
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """The fields in order, as views for the CPU."""
-        return tuple(f.numpy() for f in (self.count, self.before, self.after, self.finite))
+        """The fields in order: views on the CPU, else copies that wait for the device."""
+        fields = (self.count, self.before, self.after, self.finite)
+        return tuple(field.cpu().numpy() for field in fields)

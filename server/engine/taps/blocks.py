@@ -47,7 +47,7 @@ class BlockTap:
         if self._block is None or first > self._taken:
             return
         attention = view.attention(rows_at(member, self._rows[first:last]))
-        self._block[:, first:last] = attention.probabilities(self._keys).numpy()
+        self._block[:, first:last] = attention.probabilities(self._keys).cpu().numpy()
         self._taken = int(last)
 
     def value(self) -> FloatArray | None:

@@ -35,7 +35,7 @@ class ColumnTap:
     def take(self, member: Member, view: View) -> None:
         """All columns, in a pass of their own over the keys."""
         rows = row_map([replace(member, stop=self._length)])
-        self._means = view.attention(rows, self._heads).column_means().numpy()
+        self._means = view.attention(rows, self._heads).column_means().cpu().numpy()
 
     def value(self) -> FloatArray | None:
         """`[query_heads, P]`."""

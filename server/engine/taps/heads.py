@@ -29,7 +29,7 @@ class HeadTap:
     def take(self, member: Member, view: View) -> None:
         """Copy the row: its heads may be scaled next."""
         row = view.output[member.token + self._last - member.start]
-        self._outputs = row.float().clone().numpy()
+        self._outputs = row.float().cpu().clone().numpy()
 
     def value(self) -> FloatArray | None:
         """`[query_heads, head_dim]`."""

@@ -64,18 +64,18 @@ class PeakTap:
         stream = hidden[rows].float()
         if residual is not None:
             stream = stream + residual[rows].float()
-        self._entered = peaks(stream, self._channels).numpy()
+        self._entered = peaks(stream, self._channels.to(stream.device)).cpu().numpy()
 
     def take(self, member: Member, view: View) -> None:
         """Put them beside their keys and values, where others may find them in this very step."""
         if self._entered is None:
             return
-        pages, block = view.cache.pages, view.cache.pages.shape[3] // view.query.shape[2]
+        pages, block = view.cache.extent(view.query.shape[2])
         stop = member.start + len(self._entered)
         index = np.arange(stop)
-        blocks = view.cache.block_table[member.row].numpy()
+        blocks = view.cache.block_table[member.row].cpu().numpy()
         slots = blocks[index // block].astype(np.int64) * block + index % block
-        row = self._table.row(self._key, pages.shape[0] * block)
+        row = self._table.row(self._key, pages * block)
         row[slots[member.start :]] = self._entered
         window = view.geometry.window
         hidden = max(member.start - window + 1, 0) if window else 0

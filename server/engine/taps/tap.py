@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from server.kernels.cpu import Attention
+from server.kernels import dispatch as kernels
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from calibrators.interface import FloatArray, Observation
     from server.engine.batch import Member
-    from server.kernels.partials import AttentionGeometry, PagedCache, RowMap
+    from server.kernels.partials import AttentionGeometry, PagedCache, RowMap, StridedCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,14 @@ class View:
 
     query: Tensor
     output: Tensor
-    cache: PagedCache
+    cache: PagedCache | StridedCache
     geometry: AttentionGeometry
 
-    def attention(self, rows: RowMap, chosen: list[int] | None = None) -> Attention:
+    def attention(self, rows: RowMap, chosen: list[int] | None = None) -> kernels.Attention:
         """Unmodified attention of some rows of one request, on the chosen heads or all."""
         heads = torch.zeros(1, self.query.shape[1], dtype=torch.bool)
         heads[:, slice(None) if chosen is None else chosen] = True
-        return Attention(self.query, self.cache, rows, heads, self.geometry)
+        return kernels.attention(self.query, self.cache, rows, heads, self.geometry)
 
 
 class Tap(Protocol):

@@ -288,7 +288,7 @@ def stacked(monkeypatch):
     """How often tables were stacked."""
     calls = []
     of = step.Stack.of
-    monkeypatch.setattr(step.Stack, "of", lambda programs: calls.append(1) or of(programs))
+    monkeypatch.setattr(step.Stack, "of", lambda *programs: calls.append(1) or of(*programs))
     return calls
 
 

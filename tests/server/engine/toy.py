@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,16 @@ class Toy:
     Args:
         table: state of calibrated requests.
         lengths: tokens of each request, generated ones included; their embeddings are random.
+        cache: makes what kernels get of pages and block table.
     """
 
-    def __init__(self, table: RequestTable, lengths: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        table: RequestTable,
+        lengths: Mapping[str, int],
+        cache: Callable[[Tensor, Tensor], Any] = PagedCache,
+    ) -> None:
+        self.cache = cache
         generator = torch.Generator().manual_seed(7)
         width = HEADS * HEAD_DIM
 
@@ -80,7 +88,7 @@ class Toy:
             for (name, (start, stop)), rows in zip(spans.items(), parts, strict=True):
                 stock[rows] = self._attend(query[rows], *self._read(layer, name, stop), start)
             output = stock.clone()
-            cache = PagedCache(self.pages[layer], block_table)
+            cache = self.cache(self.pages[layer], block_table)
             plan.apply(layer, query, output, cache, self.geometry)
             for name, rows in zip(spans, parts, strict=True):
                 if self.table.get(name) is None:

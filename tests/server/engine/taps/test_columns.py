@@ -182,7 +182,7 @@ def test_a_prompt_in_pieces_fails(toy, cut):
 
 def test_tables_are_stacked_once_while_nothing_is_resolved(toy, monkeypatch):
     stacked, of, renew = [], step.Stack.of, step.Stack.renew
-    monkeypatch.setattr(step.Stack, "of", lambda given: stacked.append("all") or of(given))
+    monkeypatch.setattr(step.Stack, "of", lambda *given: stacked.append("all") or of(*given))
     monkeypatch.setattr(
         step.Stack, "renew", lambda self, layer: stacked.append(layer) or renew(self, layer)
     )
