@@ -122,5 +122,7 @@ def _lengths(metadata: CommonAttentionMetadata) -> torch.Tensor:
     lengths themselves from an accelerator would wait for it.
     """
     exact: torch.Tensor = metadata.seq_lens
+    if exact.device.type == "cpu":
+        return exact
     bound: torch.Tensor | None = metadata.seq_lens_cpu_upper_bound
-    return exact if exact.device.type == "cpu" or bound is None else bound
+    return exact if bound is None else bound
