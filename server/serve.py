@@ -77,7 +77,7 @@ def checked(argv: Sequence[str], report: Callable[[str], None]) -> Namespace:
     configure_logging_from_args(args)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-    startup.check_config(config)
+    startup.check_config(config, allow_untested=settings.allow_untested_vllm)
     bound_queue(args, config.scheduler_config.max_num_seqs + settings.limits.max_queued_requests)
     # Each front end reads profiles and presets again; what is wrong with them is said here, before
     # a model is loaded.
@@ -141,7 +141,7 @@ def switch_on(args: Namespace, settings: Settings) -> None:
     vLLM's compile cache depend on our version.
     """
     if args.worker_cls == "auto":
-        args.worker_cls = startup.WORKER
+        args.worker_cls = startup.worker_class()
     if args.scheduler_cls is None:
         args.scheduler_cls = startup.SCHEDULER
     args.additional_config = {

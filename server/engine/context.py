@@ -11,9 +11,11 @@ from server.engine.batch import members
 from server.engine.payload import Report
 from server.engine.ranks import Gather, Union, alone
 from server.engine.requests import RequestTable
+from server.engine.stack import HOST
 from server.engine.step import Planner, StepPlan
 
 if TYPE_CHECKING:
+    import torch
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -28,6 +30,7 @@ class StepContext:
         gather: brings their heads together; None where this one has them all.
         follow: has the residual stream shown to the plan on its way into these layers, and no
             others.
+        device: where the layers are computed.
     """
 
     def __init__(
@@ -37,13 +40,14 @@ class StepContext:
         union: Union = alone,
         gather: Gather | None = None,
         follow: Callable[[Iterable[int]], None] = lambda _: None,
+        device: torch.device = HOST,
     ) -> None:
         self._table = table
         self._request_ids = request_ids
         self._union = union
         self._gather = gather
         self._follow = follow
-        self._planner = Planner(gather)
+        self._planner = Planner(gather, device)
         self._scheduled: list[str] = []
         self._plan: StepPlan | None = None
 
@@ -83,11 +87,16 @@ class StepContext:
                 self._table,
                 self._request_ids()[:rows],
                 metadata.query_start_loc_cpu[: rows + 1].tolist(),
-                metadata.seq_lens[:rows].tolist(),
+                _lengths(metadata)[:rows].tolist(),
             )
             self._plan = self._planner.plan(batch)
             self._follow(self._plan.followed())
         return self._plan
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether any request of the running step is calibrated."""
+        return bool(self._scheduled)
 
     def finish(self) -> Mapping[str, Report]:
         """End the step; reports by request id, empty where nothing was calibrated."""
@@ -104,3 +113,16 @@ class StepContext:
                 reports[request_id] = Report(request.ticket, tallies, seconds, request.failed)
                 seconds = None
         return reports
+
+
+def _lengths(metadata: CommonAttentionMetadata) -> torch.Tensor:
+    """Tokens of each request after the step, on the host.
+
+    vLLM's bound on the host is exact where nothing is drafted, which start-up sees to. To read the
+    lengths themselves from an accelerator would wait for it.
+    """
+    exact: torch.Tensor = metadata.seq_lens
+    if exact.device.type == "cpu":
+        return exact
+    bound: torch.Tensor | None = metadata.seq_lens_cpu_upper_bound
+    return exact if bound is None else bound

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Override the CPU backend. Harmless where nothing is calibrated, and when run twice."""
+    """Override the backends we extend. Harmless where nothing is calibrated, and when run twice."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CPU_ATTN, "server.engine.cpu_attention.CalibratedBackend")
+    gpu = "server.engine.gpu_attention"
+    register_backend(AttentionBackendEnum.FLASH_ATTN, f"{gpu}.CalibratedFlashBackend")
+    register_backend(AttentionBackendEnum.TRITON_ATTN, f"{gpu}.CalibratedTritonBackend")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.engine import FinishReason
 
+from server.engine.calibrating import ATTRIBUTE
 from server.engine.payload import KEY, Report
 from server.engine.prefill import PrefillScheduler
-from server.engine.worker import ATTRIBUTE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

