@@ -126,7 +126,7 @@ def load(query, stride, rows, begin, end, chosen, model, queries, seen):
     """Take up the queries of a tile, row by row; how many there are."""
     (_, _, window), alibi, _ = model
     peak, total, positions, first, slopes, sums, bias, kind = seen
-    width, i = queries.shape[1], 0
+    width, i = queries.shape[1], np.int64(0)  # a bare 0 has callers compiled for 0 as well
     for r in range(begin, end):
         last = rows[3][r]
         for h in chosen:
