@@ -24,6 +24,8 @@ settings.load_profile("trimtab")
 torch.set_num_threads(1)
 
 
+# After the mark is set in tests/integration, before pytest-xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """With several test processes, engines are left to one of them: never two side by side."""
     for item in items:

@@ -9,6 +9,7 @@ import pytest
 from server import models
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here needs an engine, and waits longer than unit tests may."""
     for item in items:
