@@ -17,12 +17,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.engine)
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Two engines side by side take far more than twice the time; so does every fixture here."""
-    if hasattr(item.config, "workerinput") and not item.nodeid.endswith("@engine"):
-        pytest.fail("several test processes need --dist loadgroup, which leaves engines to one")
-
-
 @pytest.fixture(scope="session")
 def model() -> Path:
     """Folder of the embedded default model."""
