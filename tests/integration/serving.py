@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-START_SECONDS = 300
+START_SECONDS = 900
 STOP_SECONDS = 60
 
 
