@@ -24,13 +24,14 @@ settings.load_profile("trimtab")
 torch.set_num_threads(1)
 
 
-# After the mark is set in tests/integration, before pytest-xdist reads the groups.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With several test processes, engines are left to one of them: never two side by side."""
-    for item in items:
-        if item.get_closest_marker("engine"):
-            item.add_marker(pytest.mark.xdist_group("engine"))
+def pytest_itemcollected(item):
+    """With several test processes, engines are left to one of them: never two side by side.
+
+    Here and not once all are collected: by then pytest-xdist has read the groups.
+    """
+    if "tests/integration/" in item.nodeid or item.get_closest_marker("engine"):
+        item.add_marker(pytest.mark.engine)
+        item.add_marker(pytest.mark.xdist_group("engine"))
 
 
 CONFIG_HASH = "c0" * 32

@@ -9,14 +9,6 @@ import pytest
 from server import models
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here needs an engine, and waits longer than unit tests may."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.engine)
-
-
 @pytest.fixture(scope="session")
 def model() -> Path:
     """Folder of the embedded default model."""

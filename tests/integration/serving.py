@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-START_SECONDS = 900
+START_SECONDS = 580
 STOP_SECONDS = 60
 
 
