@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from calibrators.capabilities import across_heads
-from calibrators.interface import Calibrator, Coefficients, Masses
+from calibrators.interface import Calibrator
+from server.engine.answers import Answers, compile_for, in_order
+from server.engine.coefficients import Change, Done, account, as_masses, asked
 from server.engine.guard import attempt
 from server.engine.ranks import Gather
 from server.engine.stack import Stack
 from server.kernels import dispatch as kernels
 from server.kernels.partials import Changes, Partials, PoolMap, RowMap
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """What was done to each row over all layers of a step.
-
-    Attributes:
-        finite: bool `[rows]`; False where something went wrong and the request must fail.
-        rewritten: bool `[rows]`, in at least one head and layer.
-        count: int `[rows]`, heads and layers that statistics are over.
-        sums: float `[rows]` by statistic, over what `count` counts.
-    """
-
-    finite: npt.NDArray[np.bool_]
-    rewritten: npt.NDArray[np.bool_]
-    count: npt.NDArray[Any]
-    sums: Mapping[str, npt.NDArray[Any]]
 
 
 class Rewrite(Protocol):
@@ -77,6 +60,13 @@ def _rescales(method: type[Calibrator]) -> bool:
         if "rescales" in vars(base) or "coefficients" in vars(base):
             return vars(base).get("rescales") is not None and "coefficients" in vars(base)
     return False
+
+
+def prepare(calibrators: Iterable[Calibrator], heads: int) -> None:
+    """Compile for so many heads what methods will be asked for on the CPU."""
+    for calibrator in calibrators:
+        if calibrator.pools and not _rescales(type(calibrator)):
+            compile_for(calibrator, heads)
 
 
 class Rescaling:
@@ -132,95 +122,6 @@ class Rescaling:
         return Done(finite, total > 0, total, sums)
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What a calibrator does to its rows in one layer.
-
-    Attributes:
-        touched: bool `[rows, heads]`, outputs that are rewritten.
-        counted: bool `[rows, heads]`, what statistics are over.
-        factors: float32 `[rows, heads, columns]`, head scale included; columns as of `Partials`.
-        statistics: float32 `[rows, heads]` each.
-    """
-
-    touched: Tensor
-    counted: Tensor
-    factors: Tensor
-    statistics: Mapping[str, Tensor]
-
-
-def _masses(mass: Tensor, pools: int) -> Masses:
-    """Columns as a calibrator gets them."""
-    weighted = mass[..., pools:-1] if mass.shape[2] > pools + 1 else None
-    return Masses(mass[..., :pools], mass[..., -1], weighted)
-
-
-def _factors(result: Coefficients, masses: Masses) -> Tensor:
-    """`c_g`, where any pool has weights `d_g`, and `c_rest`, side by side."""
-    if result.pools is None and masses.plain.shape[2]:
-        raise ValueError("no coefficients of the pools")
-    plain = masses.plain if result.pools is None else result.pools
-    if masses.weighted is None:
-        if result.weighted is not None:
-            raise ValueError("coefficients of weights where no pool has any")
-        columns = [plain]
-    else:
-        columns = [plain, plain.new_zeros(()) if result.weighted is None else result.weighted]
-    each = [column.float().expand_as(masses.plain) for column in columns]
-    return torch.cat([*each, result.rest.float().expand_as(masses.rest)[..., None]], -1)
-
-
-def _asked(
-    calibrator: Calibrator,
-    masses: Masses,
-    parameters: Mapping[str, Tensor],
-    heads: Tensor,
-    own: Callable[[Tensor], Tensor] = lambda per_head: per_head,
-) -> Change:
-    """What the calibrator answers, in the shapes and types of the kernels.
-
-    Those check nothing: whatever does not fit has to raise here.
-    """
-    shape = masses.rest.shape
-    result = calibrator.coefficients(masses, parameters)
-    touched = counted = heads
-    if result.apply is not None:
-        touched = counted = heads & own(result.apply.expand(shape))
-    if result.eligible is not None:
-        counted = heads & own(result.eligible.expand(shape))
-    factors = _factors(result, masses)
-    if result.scale is not None:
-        factors = factors * result.scale.float()[..., None]
-    statistics = result.statistics.items()
-    return Change(
-        touched.contiguous(),
-        counted,
-        own(factors).contiguous(),
-        {name: own(values.float().expand(shape)) for name, values in statistics},
-    )
-
-
-def _account(changes: Sequence[Change], finite: Tensor) -> Done:
-    """All layers of a step together."""
-    if not changes:
-        rows = len(finite)
-        return Done(finite.cpu().numpy(), np.zeros(rows, np.bool_), np.zeros(rows), {})
-    counted = torch.stack([change.counted for change in changes])
-    touched = torch.stack([change.touched for change in changes])
-    sums = {}
-    for name in changes[0].statistics:
-        values = torch.stack([change.statistics[name] for change in changes])
-        sums[name] = torch.where(counted, values, 0).sum((0, 2)).cpu().numpy()
-    rewritten, count = touched.any(2).any(0).cpu().numpy(), counted.sum((0, 2)).cpu().numpy()
-    return Done(finite.cpu().numpy(), rewritten, count, sums)
-
-
-def _in_order(rows: RowMap, stack: Stack) -> bool:
-    """A row per slot, as where all generate: tables are taken as they are."""
-    return np.array_equal(rows.arrays[2], np.arange(len(stack.programs)))
-
-
-@dataclass
 class Recombining:
     """Of any method: measure the pools, ask for coefficients, combine.
 
@@ -228,17 +129,12 @@ class Recombining:
     rank alone comes before the gathering in a layer, or decides whether there is one.
     """
 
-    calibrator: Calibrator
-    stack: Stack
-    rows: RowMap
-    gather: Gather | None = None
-    _finite: Tensor = field(init=False)
-    _changes: list[Change] = field(init=False, default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._slot = self.rows.slot.long().to(self.stack.device)
-        self._direct = _in_order(self.rows, self.stack)
-        self._finite = torch.ones(len(self._slot), dtype=torch.bool, device=self.stack.device)
+    def __init__(
+        self, calibrator: Calibrator, stack: Stack, rows: RowMap, gather: Gather | None = None
+    ) -> None:
+        self._calibrator, self._stack, self._rows, self._gather = calibrator, stack, rows, gather
+        self._answers = Answers(calibrator, stack, rows, gather)
+        self._finite = torch.ones(len(rows.token), dtype=torch.bool, device=stack.device)
 
     def computed(self, layer: int) -> frozenset[int]:  # noqa: ARG002 - the same in all layers
         """None: the stock output is what is corrected."""
@@ -246,32 +142,17 @@ class Recombining:
 
     def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
         """Rewrite one layer; a calibrator that raises fails its requests alone."""
-        partials = attention.pool_partials(self.stack.table(layer))
-        mass = partials.mass if self.gather is None else self.gather(partials.mass)
-        ask = partial(self._change, layer, mass, partials.pools)
-        change = attempt(self.calibrator.name, ask)
-        if change is None:
+        partials = attention.pool_partials(self._stack.table(layer))
+        mass = partials.mass if self._gather is None else self._gather(partials.mass)
+        answer = attempt(self._calibrator.name, partial(self._answers.ask, layer, mass))
+        if answer is None:
             self._finite[:] = False
             return
-        self._finite &= kernels.combine(output, self.rows, change.touched, partials, change.factors)
-        self._changes.append(change)
-
-    def _change(self, layer: int, mass: Tensor, pools: int) -> Change:
-        tables = self.stack.parameters
-        parameters = {name: self._by_row(table[layer]) for name, table in tables.items()}
-        heads = self._by_row(self.stack.heads[layer])
-        return _asked(self.calibrator, _masses(mass, pools), parameters, heads, self._own)
-
-    def _by_row(self, per_slot: Tensor) -> Tensor:
-        return per_slot if self._direct else per_slot[self._slot]
-
-    def _own(self, per_head: Tensor) -> Tensor:
-        """The part of this rank."""
-        return per_head if self.gather is None else per_head[:, self.stack.programs[0].own]
+        self._finite &= kernels.combine(output, self._rows, answer[0], partials, answer[1])
 
     def done(self) -> Done:
         """Add up the layers."""
-        return _account(self._changes, self._finite)
+        return self._answers.account(self._finite)
 
 
 @dataclass
@@ -288,7 +169,7 @@ class Scaling:
 
     def __post_init__(self) -> None:
         self._slot = self.rows.slot.long().to(self.stack.device)
-        self._direct = _in_order(self.rows, self.stack)
+        self._direct = in_order(self.rows, self.stack)
         self._finite = torch.ones(len(self._slot), dtype=torch.bool, device=self.stack.device)
 
     def computed(self, layer: int) -> frozenset[int]:  # noqa: ARG002 - the same in all layers
@@ -319,12 +200,12 @@ class Scaling:
     def _change(self, layer: int) -> Change:
         heads = self.stack.heads[layer]
         parameters = {name: table[layer] for name, table in self.stack.parameters.items()}
-        masses = _masses(torch.ones(*heads.shape, 1, device=heads.device), 0)
-        return _asked(self.calibrator, masses, parameters, heads)
+        masses = as_masses(torch.ones(*heads.shape, 1, device=heads.device), 0)
+        return asked(self.calibrator, masses, parameters, heads)
 
     def done(self) -> Done:
         """Add up the layers."""
         slot = self.rows.arrays[2]
-        own = _account(self._changes, torch.ones(len(self.stack.programs), dtype=torch.bool))
+        own = account(self._changes, torch.ones(len(self.stack.programs), dtype=torch.bool))
         sums = {name: values[slot] for name, values in own.sums.items()}
         return Done(self._finite.cpu().numpy(), own.rewritten[slot], own.count[slot], sums)
