@@ -6,7 +6,7 @@ MODEL := smollm2-135m-instruct
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test test-all lint reliability mutation soak lock clean
+.PHONY: help env serve test test-all lint reliability mutation soak lock audit sbom clean
 
 help:
 	@echo "make serve   install into $(VENV) and serve $(MODEL) on 127.0.0.1:8000"
@@ -17,6 +17,8 @@ help:
 	@echo "make mutation   change admission, keys and salts; say which changes no test notices"
 	@echo "make soak    serve 10,000 short requests and see that nothing grows"
 	@echo "make lock    write the lock files of the images anew (ARGS=--upgrade: newest versions)"
+	@echo "make audit   look for known vulnerabilities in the locks; fails where it cannot see"
+	@echo "make sbom    write what the CPU image installs to out/sbom.cdx.json"
 	@echo "make clean   remove $(VENV), $(SUPPLY) and caches (models in the user cache stay)"
 	@echo
 	@echo "ARGS='...' goes to 'trimtab serve' or 'pytest'; PYTHON=... names the Python (3.11+)"
@@ -66,6 +68,12 @@ $(SUPPLY)/installed: pyproject.toml
 
 lock: $(SUPPLY)/installed
 	$(SUPPLY)/bin/python -m deploy.lock $(ARGS)
+
+audit: $(SUPPLY)/installed
+	$(SUPPLY)/bin/python -m deploy.audit $(ARGS)
+
+sbom: $(SUPPLY)/installed
+	$(SUPPLY)/bin/python -m deploy.sbom $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(SUPPLY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
