@@ -1,7 +1,8 @@
 # Two targets:  docker build -t trimtab:local .                       CPU, the default
 #               docker build -t trimtab:local-cuda --target cuda .    NVIDIA GPU
 # Base images are pinned to exact versions here; a release also pins their digests.
-ARG PYTHON_IMAGE=python:3.12.13-slim-bookworm
+# deploy/cpu/*.lock is for this Python; deploy/cuda/requirements.lock for this vLLM and its Python.
+ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 
 FROM ${PYTHON_IMAGE} AS base
@@ -19,8 +20,7 @@ ENV TRIMTAB_HOME=/var/lib/trimtab \
 FROM base AS build
 WORKDIR /src
 COPY . .
-RUN python deploy/cpu/install.py /opt/trimtab --extras cpu \
-    && /opt/trimtab/bin/python -m pip install --no-cache-dir --no-deps --force-reinstall .
+RUN python deploy/cpu/install.py /opt/trimtab --locked
 WORKDIR /var/lib/trimtab
 USER 10001:10001
 ENV HOME=/var/lib/trimtab
@@ -30,7 +30,11 @@ RUN trimtab models prepare smollm2-135m-instruct
 FROM ${VLLM_IMAGE} AS cuda
 RUN useradd --uid 10001 --user-group --home-dir /var/lib/trimtab --no-create-home trimtab \
     && install --directory --owner=trimtab --group=trimtab /var/lib/trimtab
-RUN --mount=type=bind,target=/src,rw python3 -m pip install --no-cache-dir "/src[cuda]"
+# The second pip has no index: it fails unless vLLM's image and the lock have all that Trimtab needs.
+RUN --mount=type=bind,target=/src,rw \
+    python3 -m pip install --no-cache-dir --require-hashes --no-deps --only-binary :all: \
+        --requirement /src/deploy/cuda/requirements.lock \
+    && python3 -m pip install --no-cache-dir --no-index --no-build-isolation "/src[cuda]"
 ENV HOME=/var/lib/trimtab \
     TRIMTAB_HOME=/var/lib/trimtab \
     PYTHONUNBUFFERED=1 \

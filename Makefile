@@ -1,11 +1,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SUPPLY := .venv-supply
 MODEL := smollm2-135m-instruct
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test test-all lint reliability mutation soak clean
+.PHONY: help env serve test test-all lint reliability mutation soak lock audit sbom clean
 
 help:
 	@echo "make serve   install into $(VENV) and serve $(MODEL) on 127.0.0.1:8000"
@@ -15,7 +16,10 @@ help:
 	@echo "make reliability   hostile requests, deaths, drains, overload, hang-ups, ten minutes of all"
 	@echo "make mutation   change admission, keys and salts; say which changes no test notices"
 	@echo "make soak    serve 10,000 short requests and see that nothing grows"
-	@echo "make clean   remove $(VENV) and caches (models in the user cache stay)"
+	@echo "make lock    write the lock files of the images anew (ARGS=--upgrade: newest versions)"
+	@echo "make audit   look for known vulnerabilities in the locks; fails where it cannot see"
+	@echo "make sbom    write what the CPU image installs to out/sbom.cdx.json"
+	@echo "make clean   remove $(VENV), $(SUPPLY) and caches (models in the user cache stay)"
 	@echo
 	@echo "ARGS='...' goes to 'trimtab serve' or 'pytest'; PYTHON=... names the Python (3.11+)"
 
@@ -54,7 +58,24 @@ mutation: env
 soak: env
 	SOAK_REQUESTS=10000 $(BIN)/pytest tests/integration/state/test_growth.py --log-cli-level=INFO $(ARGS)
 
+# Beside the other environment: these tools' own dependencies are not to change what is tested.
+$(SUPPLY)/installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(SUPPLY)
+	$(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*p['optional-dependencies']['supply'], sep='\n')" > $(SUPPLY)/requirements.txt
+	$(SUPPLY)/bin/pip install --requirement $(SUPPLY)/requirements.txt
+	touch $@
+
+lock: $(SUPPLY)/installed
+	$(SUPPLY)/bin/python -m deploy.lock $(ARGS)
+
+audit: $(SUPPLY)/installed
+	$(SUPPLY)/bin/python -m deploy.audit $(ARGS)
+
+sbom: $(SUPPLY)/installed
+	$(SUPPLY)/bin/python -m deploy.sbom $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf $(VENV) $(SUPPLY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
 	  .import_linter_cache .hypothesis .schemathesis mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

