@@ -152,6 +152,11 @@ class Answers:
         """The part of this rank."""
         return per_head if self._gather is None else per_head[:, self._stack.programs[0].own]
 
+    def clear(self) -> None:
+        """Forget what was answered."""
+        self._changes.clear()
+        self._sums.clear()
+
     def account(self, finite: Tensor) -> Done:
         """All layers of the step together."""
         done = account(self._changes, finite)

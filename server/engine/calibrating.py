@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from calibrators import registry
 from server.engine.context import StepContext
 from server.engine.facts import calibrators_of, model_facts
-from server.engine.payload import Report
 from server.engine.programs import HeadShard
+from server.engine.progress import Reports
 from server.engine.ranks import across, heads_across
 from server.engine.requests import RequestTable
 from server.engine.residual import ResidualStream
@@ -42,7 +41,7 @@ class Calibrating:
     rank: int
     calibration: StepContext | None = None
     _residual: ResidualStream
-    _reports: Mapping[str, Report] = MappingProxyType({})
+    _reports: Reports = MappingProxyType({})
 
     @property
     def _stock(self) -> Any:  # noqa: ANN401 - the worker behind this class

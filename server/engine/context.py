@@ -9,8 +9,10 @@ from calibrators.interface import Prompt
 from server.engine.agreement import settle
 from server.engine.batch import members
 from server.engine.payload import Report
+from server.engine.progress import Reports
 from server.engine.ranks import Gather, Union, alone
 from server.engine.requests import RequestTable
+from server.engine.run import Run
 from server.engine.stack import HOST
 from server.engine.step import Planner, StepPlan
 
@@ -50,6 +52,9 @@ class StepContext:
         self._planner = Planner(gather, device)
         self._scheduled: list[str] = []
         self._plan: StepPlan | None = None
+        self._run: Run | None = None
+        # Ranks add up what they did in every step, and a device has rows of its own.
+        self._repeats = union is alone and gather is None and device.type == "cpu"
 
     def begin(self, scheduler_output: SchedulerOutput) -> None:
         """Take up and forget requests as the scheduler says. Ids may be reused in one step."""
@@ -67,6 +72,9 @@ class StepContext:
         if self._gather is not None:
             new_ids = [new.req_id for new in scheduler_output.scheduled_new_reqs]
             settle([self._table.get(request_id) for request_id in new_ids], self._gather)
+        if self._run is not None and self._run.changes != self._table.changes:
+            self._run.end()
+            self._run = None
         self._plan = None
         self._follow(())
         self._scheduled = [
@@ -83,13 +91,19 @@ class StepContext:
         """
         if self._plan is None and self._scheduled:
             rows = metadata.num_reqs
-            batch = members(
-                self._table,
-                self._request_ids()[:rows],
-                metadata.query_start_loc_cpu[: rows + 1].tolist(),
-                _lengths(metadata)[:rows].tolist(),
-            )
+            names = self._request_ids()[:rows]
+            starts = metadata.query_start_loc_cpu[: rows + 1].numpy()
+            lengths = _lengths(metadata)[:rows].numpy()
+            if self._run is not None:
+                if self._run.goes_on(names, starts, lengths):
+                    self._plan = self._run.plan
+                    return self._plan
+                self._run.end()
+                self._run = None
+            batch = members(self._table, names, starts.tolist(), lengths.tolist())
             self._plan = self._planner.plan(batch)
+            if self._repeats and Run.begins(self._plan):
+                self._run = Run(self._plan, self._table.changes, names, lengths)
             self._follow(self._plan.followed())
         return self._plan
 
@@ -98,18 +112,29 @@ class StepContext:
         """Whether any request of the running step is calibrated."""
         return bool(self._scheduled)
 
-    def finish(self) -> Mapping[str, Report]:
-        """End the step; reports by request id, empty where nothing was calibrated."""
+    def finish(self) -> Reports:
+        """End the step; what was done."""
         plan, scheduled = self._plan, self._scheduled
         self._plan, self._scheduled = None, []
         if plan is None:
             return {}
-        seconds: Mapping[str, float] | None = plan.finish(self._union)
+        run, seconds = self._run, None
+        if run is not None and run.under_way:
+            progress = run.finish()
+            if progress is not None:
+                return progress
+            seconds, self._run = run.end(), None
+        else:
+            seconds = plan.finish(self._union)
+        return self._reports(scheduled, seconds)
+
+    def _reports(self, scheduled: Sequence[str], seconds: Mapping[str, float] | None) -> Reports:
         reports = {}
         for request_id in scheduled:
             request = self._table.get(request_id)
             if request is not None:
-                tallies = [program.tally for program in request.programs]
+                # The scheduler may read them when the next step is under way.
+                tallies = [program.tally.plus(0, 0, {}) for program in request.programs]
                 reports[request_id] = Report(request.ticket, tallies, seconds, request.failed)
                 seconds = None
         return reports

@@ -107,6 +107,21 @@ class Tally:
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: str | None = None
 
+    def plus(self, tokens: int, count: int, sums: Mapping[str, float]) -> Tally:
+        """Another, with so many generated tokens more and what statistics were over them."""
+        return Tally(
+            self.prompt_tokens,
+            self.completion_tokens + tokens,
+            {**self.sums, **{name: self.sums.get(name, 0.0) + more for name, more in sums.items()}},
+            self.count + count,
+            self.layer_sums,
+            self.layer_counts,
+            self.cached,
+            self.heads,
+            self.details,
+            self.skipped,
+        )
+
     @property
     def skip(self) -> str | None:
         """Why nothing was done, None where anything was.

@@ -45,6 +45,9 @@ class RequestTable:
     """Calibrated requests by id, from the step that schedules them to the one that frees them.
 
     A request that is preempted stays: it comes back with the same id and settings.
+
+    Attributes:
+        changes: how often requests came and went.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class RequestTable:
         self._shard = shard
         self._peaks = PeakTable()
         self._requests: dict[str, CalibratedRequest] = {}
+        self.changes = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -76,8 +80,9 @@ class RequestTable:
         """
         payload = Payload.from_extra_args(extra_args)
         if payload is None:
-            self._requests.pop(request_id, None)
+            self.drop([request_id])
             return
+        self.changes += 1
         length, prompt = prompt.length, payload.prompt or prompt
         made = [
             attempt(bound.method, partial(self._program, bound, prompt, payload.text_outputs))
@@ -99,7 +104,8 @@ class RequestTable:
     def drop(self, request_ids: Iterable[str]) -> None:
         """Forget finished and aborted requests."""
         for request_id in request_ids:
-            self._requests.pop(request_id, None)
+            if self._requests.pop(request_id, None) is not None:
+                self.changes += 1
 
     def _program(self, bound: Bound, prompt: Prompt, text_outputs: Mapping[str, str]) -> Program:
         calibrator = self._calibrators[bound.method]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -34,6 +34,10 @@ class Rewrite(Protocol):
 
     def done(self) -> Done:
         """The account, once the last layer has run."""
+        ...
+
+    def restart(self) -> None:
+        """Forget what was done: another step comes, of the same rows one token later."""
         ...
 
 
@@ -121,6 +125,10 @@ class Rescaling:
         total = count.sum(1)
         return Done(finite, total > 0, total, sums)
 
+    def restart(self) -> None:
+        """Count from nothing."""
+        self._changes.clear()
+
 
 class Recombining:
     """Of any method: measure the pools, ask for coefficients, combine.
@@ -154,6 +162,11 @@ class Recombining:
         """Add up the layers."""
         return self._answers.account(self._finite)
 
+    def restart(self) -> None:
+        """Count from nothing."""
+        self._finite[:] = True
+        self._answers.clear()
+
 
 @dataclass
 class Scaling:
@@ -166,6 +179,7 @@ class Scaling:
     rows: RowMap
     _finite: Tensor = field(init=False)
     _changes: list[Change] = field(init=False, default_factory=list)
+    _known: Done | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._slot = self.rows.slot.long().to(self.stack.device)
@@ -204,8 +218,15 @@ class Scaling:
         return asked(self.calibrator, masses, parameters, heads)
 
     def done(self) -> Done:
-        """Add up the layers."""
-        slot = self.rows.arrays[2]
-        own = account(self._changes, torch.ones(len(self.stack.programs), dtype=torch.bool))
-        sums = {name: values[slot] for name, values in own.sums.items()}
-        return Done(self._finite.cpu().numpy(), own.rewritten[slot], own.count[slot], sums)
+        """Add up the layers, once for all steps in which the same was done."""
+        if self._known is None:
+            slot = self.rows.arrays[2]
+            own = account(self._changes, torch.ones(len(self.stack.programs), dtype=torch.bool))
+            sums = {name: values[slot] for name, values in own.sums.items()}
+            self._known = Done(own.finite, own.rewritten[slot], own.count[slot], sums)
+        return replace(self._known, finite=self._finite.cpu().numpy())
+
+    def restart(self) -> None:
+        """Count from nothing; what is done to a row is the same in every step."""
+        self._finite[:] = True
+        self._changes = []

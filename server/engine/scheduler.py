@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -11,6 +12,7 @@ from vllm.v1.engine import FinishReason
 from server.engine.calibrating import ATTRIBUTE
 from server.engine.payload import KEY, Report
 from server.engine.prefill import PrefillScheduler
+from server.engine.progress import Progress, Reports
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,11 +28,13 @@ class CalibratedScheduler(PrefillScheduler):
     request in the front end, which then hears nothing more from the engine.
     """
 
+    _reported: Mapping[str, Report] = MappingProxyType({})
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Process a step's outputs and attach what was calibrated up to it."""
-        reports: Mapping[str, Report] = getattr(model_runner_output, ATTRIBUTE, {})
+        reports = self._taken(getattr(model_runner_output, ATTRIBUTE, {}))
         poisoned = self._fail([name for name, report in reports.items() if report.failed])
         result: dict[int, EngineCoreOutputs] = super().update_from_output(
             scheduler_output, model_runner_output
@@ -41,6 +45,14 @@ class CalibratedScheduler(PrefillScheduler):
                 for output in outputs.outputs:
                     _attach(output, reports.get(output.request_id))
         return result
+
+    def _taken(self, reports: Reports) -> Mapping[str, Report]:
+        """The reports of a step by request."""
+        if isinstance(reports, Progress):
+            return reports.since(self._reported)
+        if reports:
+            self._reported = reports
+        return reports
 
     def _fail(self, request_ids: Sequence[str]) -> set[int]:
         """Have requests end with an error; returns the cache blocks they leave behind.

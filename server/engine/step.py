@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calibrators.interface import Calibrator
 from server.engine.batch import Member, row_map
+from server.engine.coefficients import Done
 from server.engine.programs import Program
 from server.engine.ranks import Gather, Share, Union, alone
 from server.engine.rewrites import rewrite
@@ -72,6 +73,24 @@ class MethodStep:
             self._rewrite.apply(layer, attention, output)
         self.seconds += time.perf_counter() - started
 
+    def advance(self, starts: npt.NDArray[Any]) -> None:
+        """Become the same step one token later; `starts` `[requests]` are rows of the query."""
+        token, request, _, position, _ = self._rows.arrays
+        token[:] = starts[request]
+        position += 1
+        self.seconds = 0.0
+        self._rewrite.restart()
+
+    def done(self) -> Done:
+        """What was done in the step, by row."""
+        return self._rewrite.done()
+
+    @property
+    def owners(self) -> list[tuple[Member, Program]]:
+        """Whose the rows are."""
+        slots = self._rows.arrays[2].tolist()
+        return [(self._batch[slot], self._programs[slot]) for slot in slots]
+
     def computed(self, layer: int) -> frozenset[int]:
         """Rows of the batch's block table whose outputs this method computes from nothing."""
         slots = self._rewrite.computed(layer)
@@ -127,23 +146,27 @@ class StepPlan:
 
     Built where the attention metadata is built, in the batch's order of that moment; used by
     every layer; tallied when the forward pass is over.
+
+    Attributes:
+        batch: the calibrated requests.
+        methods: in the order they are applied.
     """
 
     def __init__(self, batch: Sequence[Member], methods: Sequence[MethodStep]) -> None:
-        self._batch = batch
-        self._methods = methods
+        self.batch = batch
+        self.methods = methods
 
     def computed(self, layer: int) -> frozenset[int]:
         """Rows of the block table whose outputs the stock kernel need not compute in a layer."""
-        return frozenset().union(*(method.computed(layer) for method in self._methods))
+        return frozenset().union(*(method.computed(layer) for method in self.methods))
 
     def followed(self) -> set[int]:
         """Layers into which the residual stream has to be followed."""
-        return set().union(*(method.followed() for method in self._methods))
+        return set().union(*(method.followed() for method in self.methods))
 
     def enter(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
         """Let methods see `[tokens, hidden_size]` on its way into one layer; the sum of both."""
-        for method in self._methods:
+        for method in self.methods:
             method.enter(layer, hidden, residual)
 
     def apply(
@@ -159,17 +182,17 @@ class StepPlan:
 
         `stock` are log-sum-exps `[query_heads, tokens]` where the stock kernel gives them.
         """
-        for method in self._methods:
+        for method in self.methods:
             method.apply(layer, query, output, cache, geometry, stock)
 
     def finish(self, union: Union = alone) -> dict[str, float]:
         """Tally what `union` makes of this rank's shares; seconds spent by calibrator."""
-        shares = union({method.calibrator.name: method.share() for method in self._methods})
-        for method in self._methods:
+        shares = union({method.calibrator.name: method.share() for method in self.methods})
+        for method in self.methods:
             method.tally(shares[method.calibrator.name])
-        for member in self._batch:
+        for member in self.batch:
             member.request.covered = max(member.request.covered, member.stop)
-        return {method.calibrator.name: method.seconds for method in self._methods}
+        return {method.calibrator.name: method.seconds for method in self.methods}
 
 
 class Planner:

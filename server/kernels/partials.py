@@ -262,6 +262,12 @@ class Changes:
             torch.ones(rows, dtype=torch.bool, device=device),
         )
 
+    def clear(self) -> None:
+        """Nothing so far, in the same place."""
+        for field in (self.count, self.before, self.after):
+            field.zero_()
+        self.finite.fill_(True)
+
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
         """The fields in order: views on the CPU, else copies that wait for the device."""
