@@ -42,22 +42,34 @@ class Progress:
     gains: Sequence[Gain]
     seconds: Mapping[str, float]
 
-    def since(self, reports: Mapping[str, Report]) -> Mapping[str, Report]:
-        """The reports of the step, from those that it goes on from."""
-        tallies = {name: [*reports[name].tallies] for name in self.requests if name in reports}
+    def since(self, name: str, before: Mapping[str, Report]) -> Report | None:
+        """The report of a request, from the one that it goes on from; None if it took no part."""
+        report = before.get(name)
+        if report is None or name not in self.requests:
+            return None
+        tallies = [*report.tallies]
         for gain in self.gains:
-            columns = gain.numbers.T.tolist()
-            for (name, index), (tokens, count, *sums) in zip(gain.owners, columns, strict=True):
-                if name in tallies:
+            for row, (owner, place) in enumerate(gain.owners):
+                if owner == name:
+                    tokens, count, *sums = gain.numbers[:, row].tolist()
                     more = dict(zip(gain.statistics, sums, strict=True))
-                    tallies[name][index] = tallies[name][index].plus(int(tokens), int(count), more)
-        seconds: Mapping[str, float] | None = self.seconds
-        found = {}
-        for name, own in tallies.items():
-            found[name] = Report(reports[name].ticket, own, seconds)
-            seconds = None
-        return found
+                    tallies[place] = tallies[place].plus(int(tokens), int(count), more)
+        return Report(report.ticket, tallies)
 
 
 Reports: TypeAlias = Mapping[str, Report] | Progress
 """Of a step; empty where nothing was calibrated."""
+
+
+def report_of(name: str, reports: Reports, before: Mapping[str, Report]) -> Report | None:
+    """The report of a request in a step, None if it took no part; `before` as of `since`."""
+    if isinstance(reports, Progress):
+        return reports.since(name, before)
+    return reports.get(name)
+
+
+def seconds_of(reports: Reports) -> Mapping[str, float]:
+    """What a step spent in calibration, by calibrator."""
+    if isinstance(reports, Progress):
+        return reports.seconds
+    return next((report.seconds for report in reports.values() if report.seconds), {})

@@ -19,6 +19,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from calibrators.interface import Prefill
+from server.engine.calibrating import ATTRIBUTE
 from server.engine.payload import KEY, Payload
 from server.engine.scheduler import make_scheduler
 
@@ -46,6 +47,8 @@ class Driver:
         finished: step in which a request's last output came.
         reasons: why it ended.
         late: steps whose output is still to come, where scheduling runs ahead.
+        reports: of the worker, on the outputs of steps from now on.
+        heard: what rode on the outputs of a step, by request.
     """
 
     scheduler: Scheduler
@@ -55,10 +58,23 @@ class Driver:
     reasons: dict[str, str] = field(default_factory=dict)
     now: int = 0
     late: list = field(default_factory=list)
+    reports: object = None
+    heard: list[dict[str, dict]] = field(default_factory=list)
 
-    def add(self, name, length, policy=None, *, tokens=4, seed=None, shareable=False, **fields):
+    def add(
+        self,
+        name,
+        length,
+        policy=None,
+        *,
+        tokens=4,
+        seed=None,
+        shareable=False,
+        stop=None,
+        **fields,
+    ):
         """Queue a request; `policy` None is a plain one."""
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, stop=stop)
         if policy is not None:
             sharing = policy is Prefill.ANY or shareable
             payload = Payload(name, (), policy, sharing)
@@ -92,8 +108,12 @@ class Driver:
             req_id_to_index={name: index for index, name in enumerate(names)},
             sampled_token_ids=[[7] if samples else [] for samples in sampling],
         )
+        if self.reports is not None:
+            setattr(result, ATTRIBUTE, self.reports)
+        self.heard.append({})
         for batch in self.scheduler.update_from_output(output, result).values():
             for each in batch.outputs:
+                self.heard[-1][each.request_id] = (each.kv_transfer_params or {}).get(KEY)
                 if each.finish_reason is not None:
                     self.finished[each.request_id] = self.now
                     self.reasons[each.request_id] = str(each.finish_reason)
