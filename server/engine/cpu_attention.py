@@ -85,11 +85,16 @@ class CalibratedAttention(CPUAttentionBackendImpl):
         """Attention as vLLM computes it, calibrated where the plan says so."""
         stock = partial(super().forward, layer)
         rest = kv_cache, attn_metadata, output, output_scale, output_block_scale
-        if not isinstance(attn_metadata, CalibratedMetadata) or self.layer_index is None:
+        index = self.layer_index
+        if (
+            index is None
+            or not isinstance(attn_metadata, CalibratedMetadata)
+            or attn_metadata.calibration.idle(index)
+        ):
             untouched: Tensor = stock(query, key, value, *rest)
             return untouched
         plan = attn_metadata.calibration
-        computed = plan.computed(self.layer_index)
+        computed = plan.computed(index)
         if computed:
             part = attn_metadata.remainder.without(computed)
             if part.metadata is not None:
@@ -102,7 +107,7 @@ class CalibratedAttention(CPUAttentionBackendImpl):
         cache = PagedCache(
             kv_cache.view(pages, kv_heads, 2, block * width // 2), attn_metadata.block_table
         )
-        plan.apply(self.layer_index, query, output, cache, self.geometry)
+        plan.apply(index, query, output, cache, self.geometry)
         return output
 
 

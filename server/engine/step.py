@@ -49,6 +49,10 @@ class MethodStep:
         """Layers into which the residual stream has to be followed."""
         return self._taps.followed()
 
+    def idle(self, layer: int) -> bool:
+        """Whether nothing is to be done in a layer, as far as is known when it comes."""
+        return not (layer in self._stack.active or self._taps.wait_for(layer))
+
     def enter(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
         """See what enters a layer."""
         started = time.perf_counter()
@@ -155,6 +159,10 @@ class StepPlan:
     def __init__(self, batch: Sequence[Member], methods: Sequence[MethodStep]) -> None:
         self.batch = batch
         self.methods = methods
+
+    def idle(self, layer: int) -> bool:
+        """Whether a layer is left to the stock kernel."""
+        return all(method.idle(layer) for method in self.methods)
 
     def computed(self, layer: int) -> frozenset[int]:
         """Rows of the block table whose outputs the stock kernel need not compute in a layer."""

@@ -62,6 +62,10 @@ class StepTaps:
         due = self._due.items()
         return {layer for layer, taps in due if any(isinstance(tap, PeakTap) for _, tap in taps)}
 
+    def wait_for(self, layer: int) -> bool:
+        """Whether anything is to be measured or resolved in a layer."""
+        return layer in self._due or layer in self._ready
+
     def enter(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
         """Look at the residual stream that enters a layer."""
         for slot, tap in self._alive(layer):
