@@ -15,12 +15,12 @@ from server.engine.calibrating import Calibrating
 from server.engine.facts import calibrators_of
 from server.engine.gpu_attention import unreadable
 from server.engine.gpu_room import Largest, Method
-from server.engine.graphs import PlainStepsOnly
+from server.engine.graphs import keep_out
 from server.kernels import gpu as kernels
 
 
 class CalibratedGPUWorker(Calibrating, Worker):
-    """GPU worker that calibrates, with the V1 model runner."""
+    """GPU worker that calibrates, with either model runner."""
 
     def determine_available_memory(self) -> int:
         """Profile as vLLM does, with room for the largest step taken meanwhile.
@@ -59,8 +59,7 @@ class CalibratedGPUWorker(Calibrating, Worker):
     def initialize_from_config(self, kv_cache_config: Any) -> None:  # noqa: ANN401 - vLLM's
         """Set up and wire, then keep calibrated steps out of full graphs."""
         super().initialize_from_config(kv_cache_config)
-        dispatcher = self.model_runner.cudagraph_dispatcher
-        dispatcher.dispatch = PlainStepsOnly(dispatcher.dispatch, self._calibrates)
+        keep_out(self.model_runner, self._calibrates)
 
     def _calibrates(self) -> bool:
         return self.calibration is not None and self.calibration.calibrates

@@ -1,6 +1,6 @@
 """Run fixed batches on a GPU with full graphs, with or without Trimtab, and write the results.
 
-python -m tests.integration.on_gpu stock|trimtab BACKEND MODEL OUT.json
+python -m tests.integration.on_gpu stock|trimtab BACKEND v1|v2|v2-async MODEL OUT.json
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import os
 import sys
 from typing import Any
 
-# Before vLLM is imported: "stock" finds no plug-in of ours.
-if __name__ == "__main__" and sys.argv[1] == "stock":
-    os.environ["VLLM_PLUGINS"] = ""
+# Before vLLM is imported; "stock" finds no plug-in of ours.
+if __name__ == "__main__":
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(sys.argv[3] != "v1"))
+    if sys.argv[1] == "stock":
+        os.environ["VLLM_PLUGINS"] = ""
 
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
@@ -45,7 +47,7 @@ def request(kind: str, length: int) -> tuple[TokensPrompt, SamplingParams]:
     return tokens, params
 
 
-def run(mode: str, backend: str, model: str) -> dict[str, Any]:
+def run(mode: str, backend: str, runner: str, model: str) -> dict[str, Any]:
     """Answers and tallies by name: a batch of plain requests, and one of all kinds."""
     ours: dict[str, Any] = {"worker_cls": GPU_WORKER, "scheduler_cls": SCHEDULER}
     llm = LLM(
@@ -53,7 +55,7 @@ def run(mode: str, backend: str, model: str) -> dict[str, Any]:
         dtype="bfloat16",
         attention_backend=backend,
         compilation_config={"cudagraph_mode": "FULL_AND_PIECEWISE"},
-        async_scheduling=False,
+        async_scheduling=runner == "v2-async",
         max_model_len=1024,
         max_num_batched_tokens=256,
         max_num_seqs=16,
@@ -83,6 +85,6 @@ def run(mode: str, backend: str, model: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _, mode, backend, model, out = sys.argv
+    _, mode, backend, runner, model, out = sys.argv
     with open(out, "w") as file:
-        json.dump(run(mode, backend, model), file)
+        json.dump(run(mode, backend, runner, model), file)
