@@ -13,6 +13,7 @@ import pytest
 
 ATTENTION = "vllm.v1.attention"
 V2 = "vllm.v1.worker.gpu"
+PARALLEL = "vllm.distributed.parallel_state"
 FORWARD = "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
 BUILD = "self common_prefix_len common_attn_metadata fast_build"
 INIT = (
@@ -38,6 +39,8 @@ FUNCTIONS = [
     ("vllm.v1.worker.cpu_worker", "CPUWorker.execute_model", "self scheduler_output"),
     ("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher.dispatch", "self num_tokens"),
     (f"{V2}.cudagraph_utils", "CudaGraphManager.dispatch", "self num_reqs num_tokens"),
+    (PARALLEL, "GroupCoordinator.all_gather", "self input_ dim"),
+    (PARALLEL, "GroupCoordinator.gather", "self input_ dst dim"),
     (f"{V2}.async_utils", "AsyncOutput.get_output", "self"),
     ("vllm.v1.worker.gpu_model_runner", "AsyncGPUModelRunnerOutput.get_output", "self"),
 ]
@@ -69,6 +72,18 @@ FIELDS = [
 
 # Phrases of a source whose meaning our code repeats.
 PHRASES = [
+    (
+        PARALLEL,
+        "GroupCoordinator.__init__",
+        "self.cpu_group = self_cpu_group",
+        "a group of GPUs has one beside it for what is on the host",
+    ),
+    (
+        PARALLEL,
+        "GroupCoordinator.__init__",
+        'self.device = torch.device(f"cuda:{visible_device_index}")',
+        "a group knows where its collectives take tensors from",
+    ),
     (
         f"{V2}.model_states.default",
         "DefaultModelState.prepare_attn",

@@ -138,6 +138,7 @@ def test_a_gpu_is_refused_unless_untested_things_are_allowed(gpu):
     with pytest.raises(StartupRefused, match="--allow-untested-vllm to be the first"):
         check_config(on_gpu())
     check_config(on_gpu(), allow_untested=True)
+    check_config(on_gpu(parallel_config__tensor_parallel_size=2), allow_untested=True)
 
 
 def test_other_platforms_are_refused(gpu):
@@ -149,7 +150,6 @@ def test_other_platforms_are_refused(gpu):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"parallel_config__tensor_parallel_size": 2}, "--tensor-parallel-size"),
         ({"parallel_config__enable_dbo": True}, "--enable-dbo"),
         ({"model_config__is_multimodal_model": True}, "--enforce-eager"),
         ({"parallel_config__worker_cls": startup.CPU_WORKER}, "--worker-cls"),
