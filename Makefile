@@ -6,12 +6,13 @@ MODEL := smollm2-135m-instruct
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env serve test test-all lint reliability mutation soak lock audit sbom clean
+.PHONY: help env serve test test-all gpu lint reliability mutation soak lock audit sbom clean
 
 help:
 	@echo "make serve   install into $(VENV) and serve $(MODEL) on 127.0.0.1:8000"
 	@echo "make test    install into $(VENV), lint, type-check and test"
 	@echo "make test-all   the same, with every setting on every length"
+	@echo "make gpu     on a machine with a GPU: its tests, with PYTHON's torch, and vLLM if it is there"
 	@echo "make lint    the checks of make test without the tests"
 	@echo "make reliability   hostile requests, deaths, drains, overload, hang-ups, ten minutes of all"
 	@echo "make mutation   change admission, keys and salts; say which changes no test notices"
@@ -44,6 +45,16 @@ test: lint
 
 test-all: lint
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
+
+# In an environment of one's own: what is installed by env is for CPUs. Without vLLM the kernels and
+# their figures are tested all the same.
+GPU_TESTS := tests/server/kernels tests/benchmarks/test_gpu_kernels.py \
+  tests/benchmarks/test_gpu_figures.py tests/integration/test_on_gpu.py
+
+gpu:
+	@$(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
+	  { echo "trimtab: $(PYTHON) has no torch that sees a GPU here"; exit 1; }
+	$(PYTHON) -m pytest $(GPU_TESTS) $(ARGS)
 
 reliability: env
 	$(BIN)/trimtab models prepare $(MODEL)

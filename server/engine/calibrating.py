@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,9 @@ from vllm.config import CompilationMode, get_layers_from_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.outputs import ModelRunnerOutput
 
 from calibrators import registry
+from server.engine.arriving import with_reports
 from server.engine.context import StepContext
 from server.engine.facts import calibrators_of, model_facts
 from server.engine.programs import HeadShard
@@ -23,10 +24,9 @@ from server.engine.stack import HOST
 
 if TYPE_CHECKING:
     import torch
+    from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
-
-ATTRIBUTE = "calibration_reports"
 
 
 class CalibrationUnavailable(RuntimeError):
@@ -65,7 +65,7 @@ class Calibrating:
         self._attach_layers(local)
         self.calibration = StepContext(
             RequestTable(registry.load(calibrators_of(self.vllm_config)), facts, shard),
-            lambda: self.model_runner.input_batch.req_ids,
+            self._request_ids,
             across(ranks),
             heads_across(ranks),
             self._residual.follow,
@@ -106,10 +106,21 @@ class Calibrating:
         return self._with_reports(self._stock.sample_tokens(grammar_output))
 
     def _with_reports(self, output: Any) -> Any:  # noqa: ANN401
-        if isinstance(output, ModelRunnerOutput) and self._reports:
-            setattr(output, ATTRIBUTE, self._reports)
-            self._reports = MappingProxyType({})
-        return output
+        carrying = with_reports(output, self._reports) if self._reports else None
+        if carrying is None:
+            return output
+        self._reports = MappingProxyType({})
+        return carrying
+
+    def _request_ids(self, metadata: CommonAttentionMetadata) -> Sequence[str]:
+        """Ids by row of the batch that attention metadata is built for right now."""
+        slots, runner = metadata.req_idx, self.model_runner
+        if slots is None:
+            known: Sequence[str] = runner.input_batch.req_ids
+            return known
+        # The V2 runner keeps requests in slots, and batches are in any order of these.
+        names = runner.req_states.index_to_req_id
+        return [names[slot] for slot in slots.tolist()]
 
     def _decoders(self) -> list[tuple[str, Any]]:
         """Names and attention layers of the language model."""

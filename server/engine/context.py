@@ -19,7 +19,7 @@ from server.engine.step import Planner, StepPlan
 if TYPE_CHECKING:
     import torch
     from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 
 class StepContext:
@@ -38,7 +38,7 @@ class StepContext:
     def __init__(
         self,
         table: RequestTable,
-        request_ids: Callable[[], Sequence[str]],
+        request_ids: Callable[[CommonAttentionMetadata], Sequence[str]],
         union: Union = alone,
         gather: Gather | None = None,
         follow: Callable[[Iterable[int]], None] = lambda _: None,
@@ -51,6 +51,7 @@ class StepContext:
         self._follow = follow
         self._planner = Planner(gather, device)
         self._scheduled: list[str] = []
+        self._preempted: set[str] = set()
         self._plan: StepPlan | None = None
         self._run: Run | None = None
         # Ranks add up what they did in every step, and a device has rows of its own.
@@ -58,20 +59,16 @@ class StepContext:
 
     def begin(self, scheduler_output: SchedulerOutput) -> None:
         """Take up and forget requests as the scheduler says. Ids may be reused in one step."""
-        self._table.drop(scheduler_output.finished_req_ids)
-        for new in scheduler_output.scheduled_new_reqs:
-            params = new.sampling_params
-            # A client may send embeddings in place of tokens.
-            given = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
-            self._table.add(
-                new.req_id,
-                params.extra_args if params is not None else None,
-                Prompt(length=len(given)),
-                new.num_computed_tokens,
-            )
+        finished = scheduler_output.finished_req_ids
+        self._table.drop(finished)
+        self._preempted = (
+            self._preempted | (scheduler_output.preempted_req_ids or set())
+        ) - finished
+        news = [new for new in scheduler_output.scheduled_new_reqs if not self._returns(new.req_id)]
+        for new in news:
+            self._take_up(new)
         if self._gather is not None:
-            new_ids = [new.req_id for new in scheduler_output.scheduled_new_reqs]
-            settle([self._table.get(request_id) for request_id in new_ids], self._gather)
+            settle([self._table.get(new.req_id) for new in news], self._gather)
         if self._run is not None and self._run.changes != self._table.changes:
             self._run.end()
             self._run = None
@@ -83,6 +80,23 @@ class StepContext:
             if self._table.get(request_id) is not None
         ]
 
+    def _returns(self, request_id: str) -> bool:
+        """Whether a request comes back that was preempted: the V2 runner is told of it anew."""
+        returns = request_id in self._preempted
+        self._preempted.discard(request_id)
+        return returns
+
+    def _take_up(self, new: NewRequestData) -> None:
+        params = new.sampling_params
+        # A client may send embeddings in place of tokens.
+        given = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
+        self._table.add(
+            new.req_id,
+            params.extra_args if params is not None else None,
+            Prompt(length=len(given)),
+            new.num_computed_tokens,
+        )
+
     def plan(self, metadata: CommonAttentionMetadata) -> StepPlan | None:
         """The plan of the running step; None where no calibrated request takes part.
 
@@ -91,7 +105,7 @@ class StepContext:
         """
         if self._plan is None and self._scheduled:
             rows = metadata.num_reqs
-            names = self._request_ids()[:rows]
+            names = self._request_ids(metadata)[:rows]
             starts = metadata.query_start_loc_cpu[: rows + 1].numpy()
             lengths = _lengths(metadata)[:rows].numpy()
             if self._run is not None:
@@ -133,9 +147,9 @@ class StepContext:
         for request_id in scheduled:
             request = self._table.get(request_id)
             if request is not None:
-                # The scheduler may read them when the next step is under way.
-                tallies = [program.tally.plus(0, 0, {}) for program in request.programs]
-                reports[request_id] = Report(request.ticket, tallies, seconds, request.failed)
+                tallies = [program.tally for program in request.programs]
+                report = Report(request.ticket, tallies, seconds, request.failed)
+                reports[request_id] = report.settled()
                 seconds = None
         return reports
 

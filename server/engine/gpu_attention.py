@@ -27,7 +27,8 @@ from vllm.v1.attention.backends.triton_attn import (
 from server.engine.context import StepContext
 from server.kernels.partials import AttentionGeometry, StridedCache
 
-PLAN = "calibration_plan"
+# Where the residual stream finds it, too, on all kinds of metadata.
+PLAN = "calibration"
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -116,24 +117,28 @@ class LogSumExps:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._wanted = False
-        self._found: Tensor | None = None
+        self._found: list[Tensor] = []
 
     def __call__(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - FlashAttention's
         """Attention."""
         if not self._wanted:
             return self._function(*args, **options)
-        output, self._found, *_ = self._function(*args, **options | {"return_softmax_lse": True})
-        return output
+        answer = self._function(*args, **options | {"return_softmax_lse": True})
+        self._found.append(answer[1])
+        return answer if options.get("return_softmax_lse") else answer[0]
 
     def of(self, call: Callable[[], Tensor]) -> Tensor | None:
-        """What `call` left; None where it came by no attention."""
-        self._wanted, self._found = True, None
+        """What `call` left; None where it came by no attention.
+
+        Nor where it came by several: of keys in parts, as in a cascade, each knows its own alone.
+        """
+        self._wanted, self._found = True, []
         try:
             call()
         finally:
             self._wanted = False
-        found, self._found = self._found, None
-        return found
+        found, self._found = self._found, []
+        return found[0] if len(found) == 1 else None
 
 
 class CalibratedFlashAttention(Calibrated, FlashAttentionImpl):

@@ -14,21 +14,20 @@ from calibrators import registry
 from server.engine.calibrating import Calibrating
 from server.engine.facts import calibrators_of
 from server.engine.gpu_attention import unreadable
-from server.engine.graphs import PlainStepsOnly
+from server.engine.gpu_room import Largest, Method
+from server.engine.graphs import keep_out
 from server.kernels import gpu as kernels
-
-FLOAT = 4
 
 
 class CalibratedGPUWorker(Calibrating, Worker):
-    """GPU worker that calibrates, with the V1 model runner."""
+    """GPU worker that calibrates, with either model runner."""
 
     def determine_available_memory(self) -> int:
         """Profile as vLLM does, with room for the largest step taken meanwhile.
 
         The room is given back and stays outside of the KV cache: the kernels take theirs from it.
         """
-        stock, room = self.model_runner.profile_run, self.scratch_bytes()
+        stock, room = self.model_runner.profile_run, self.room()
 
         def profile_run(**options: Any) -> None:  # noqa: ANN401 - vLLM's
             held = torch.empty(room, dtype=torch.uint8, device=self.layer_device())
@@ -42,22 +41,25 @@ class CalibratedGPUWorker(Calibrating, Worker):
             del self.model_runner.profile_run
         return available
 
-    def scratch_bytes(self) -> int:
-        """Most that partials of a step take in one layer: sums of splits, and of the whole."""
-        model, scheduler = self.vllm_config.model_config, self.vllm_config.scheduler_config
-        offer = registry.load(calibrators_of(self.vllm_config))
-        pools = max((len(method.pools) for method in offer.values()), default=0)
-        heads = model.get_num_attention_heads(self.vllm_config.parallel_config)
-        outputs = scheduler.max_num_batched_tokens * heads
-        # Plain and weighted columns and the rest, each with its value, peak and total.
-        size: int = 2 * outputs * (2 * pools + 1) * (model.get_head_size() + 2) * FLOAT
-        return size
+    def room(self) -> int:
+        """Bytes that calibration takes in the largest step."""
+        model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
+        scheduler = self.vllm_config.scheduler_config
+        largest = Largest(
+            rows=scheduler.max_num_batched_tokens,
+            slots=scheduler.max_num_seqs,
+            layers=model.get_num_layers(parallel),
+            query_heads=model.get_num_attention_heads(parallel),
+            kv_heads=model.get_num_kv_heads(parallel),
+            head_dim=model.get_head_size(),
+        )
+        offer = registry.load(calibrators_of(self.vllm_config)).values()
+        return largest.room([Method(len(each.pools), len(each.parameters)) for each in offer])
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:  # noqa: ANN401 - vLLM's
         """Set up and wire, then keep calibrated steps out of full graphs."""
         super().initialize_from_config(kv_cache_config)
-        dispatcher = self.model_runner.cudagraph_dispatcher
-        dispatcher.dispatch = PlainStepsOnly(dispatcher.dispatch, self._calibrates)
+        keep_out(self.model_runner, self._calibrates)
 
     def _calibrates(self) -> bool:
         return self.calibration is not None and self.calibration.calibrates

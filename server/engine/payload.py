@@ -172,6 +172,18 @@ class Report:
             "failed": self.failed,
         }
 
+    def settled(self) -> Report:
+        """As it is now: tallies go on with the next step, which may run before this is read.
+
+        A request that ends with this step would have one counted that came too late to stop.
+        """
+        return Report(
+            self.ticket,
+            [Tally(*tally) for tally in self.to_transfer_params()["tallies"]],
+            self.seconds,
+            self.failed,
+        )
+
     @classmethod
     def from_transfer_params(cls, params: Mapping[str, Any] | None) -> Report | None:
         """The report on an output, None where there is none."""

@@ -79,22 +79,40 @@ def heads_across(group: GroupCoordinator) -> Gather | None:
         rows, heads, n = values.shape
         if not values.numel():
             return values.new_empty(rows, heads * group.world_size, n)
-        every: torch.Tensor = group.all_gather(values.contiguous(), 1)
-        return every
+        return _all_gather(group, values.contiguous(), 1)
 
     return gathered
+
+
+def _all_gather(group: GroupCoordinator, values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Values of all ranks side by side, wherever they lie.
+
+    vLLM's collectives are of the device of the layers. On GPUs, what is on the host goes by the
+    group that vLLM has for it.
+    """
+    if values.device.type == group.device.type:
+        every: torch.Tensor = group.all_gather(values, dim)
+        return every
+    parts = [torch.empty_like(values) for _ in range(group.world_size)]
+    torch.distributed.all_gather(parts, values, group=group.cpu_group)
+    return torch.cat(parts, dim)
 
 
 def _gather(group: GroupCoordinator, message: bytes) -> list[bytes] | None:
     """The messages of all ranks, padded at their ends; None on all ranks but the output rank.
 
-    By vLLM's collectives, which take floats, all ranks as many, and go through shared memory:
-    0.1 ms, where torch.distributed.gather_object takes 1 to 2 ms.
+    Where layers are on the host by vLLM's collectives, which take floats, all ranks as many, and go
+    through shared memory: 0.1 ms, where torch.distributed.gather_object takes 1 to 2 ms.
     """
-    lengths = group.all_gather(torch.tensor([float(len(message))]))
+    lengths = _all_gather(group, torch.tensor([float(len(message))]), 0)
     words = -(-int(lengths.max()) // 4)
     padded = bytearray(message.ljust(4 * words, b"\0"))
-    received = group.gather(torch.frombuffer(padded, dtype=torch.float32), OUTPUT_RANK, 0)
+    own = torch.frombuffer(padded, dtype=torch.float32)
+    if group.device.type == own.device.type:
+        received = group.gather(own, OUTPUT_RANK, 0)
+    else:
+        everywhere = _all_gather(group, own, 0)
+        received = everywhere if group.rank_in_group == OUTPUT_RANK else None
     if received is None:
         return None
     return [row.tobytes() for row in received.view(-1, words).numpy()]

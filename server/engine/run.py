@@ -130,7 +130,7 @@ class _Sums:
 
     def gain(self) -> Gain:
         """All steps so far."""
-        return Gain(self._places, self._statistics, self._numbers)
+        return Gain(self._places, self._statistics, self._numbers.copy())
 
     def settle(self) -> None:
         """Put it into the tallies."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.engine import FinishReason
 
-from server.engine.calibrating import ATTRIBUTE
+from server.engine.arriving import ATTRIBUTE
 from server.engine.payload import KEY, Report
 from server.engine.prefill import PrefillScheduler
 from server.engine.progress import Progress, Reports, report_of, seconds_of

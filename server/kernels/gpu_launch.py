@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.kernels.gpu_tables import DeviceRows
+from server.kernels.gpu_tables import DeviceRows, kept
 from server.kernels.partials import AttentionGeometry, StridedCache
 
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,10 +96,17 @@ class Form:
         return group, self.head_dim, padded, self.page, block, self.capped, self.alibi
 
     def model(self, geometry: AttentionGeometry, device: torch.device) -> tuple[Any, ...]:
-        """`model` of the kernels; tables that are not there are not read."""
-        numbers = float(geometry.scale), float(geometry.soft_cap), geometry.window
-        slopes, sinks = geometry.alibi_slopes, geometry.sinks
-        return numbers, _or_something(slopes, device), _or_something(sinks, device)
+        """`model` of the kernels; tables that are not there are not read.
+
+        Kept with the geometry: a layer has the same in every step, and each table is a launch.
+        """
+
+        def make() -> tuple[Any, ...]:
+            numbers = float(geometry.scale), float(geometry.soft_cap), geometry.window
+            tables = geometry.alibi_slopes, geometry.sinks
+            return numbers, *(_or_something(table, device) for table in tables)
+
+        return kept(geometry, device, make)
 
     def cache(self, cache: StridedCache) -> tuple[Any, ...]:
         """`cache` of the kernels."""

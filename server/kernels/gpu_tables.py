@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.kernels.partials import PoolMap, PoolTable, RowMap
+from server.kernels.partials import AttentionGeometry, PoolMap, PoolTable, RowMap
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class DeviceRows:
     @classmethod
     def of(cls, rows: RowMap, device: torch.device) -> DeviceRows:
         """The copy of `rows` on `device`."""
-        return _kept(rows, device, lambda: cls._made(rows, device))
+        return kept(rows, device, lambda: cls._made(rows, device))
 
     @classmethod
     def _made(cls, rows: RowMap, device: torch.device) -> DeviceRows:
@@ -83,7 +83,7 @@ class DevicePools:
     @classmethod
     def of(cls, pools: PoolMap | PoolTable, query_heads: int, device: torch.device) -> DevicePools:
         """The copy of `pools` on `device`."""
-        return _kept(pools, device, lambda: cls._made(pools, query_heads, device))
+        return kept(pools, device, lambda: cls._made(pools, query_heads, device))
 
     @classmethod
     def _made(
@@ -107,7 +107,12 @@ def _filled(tensor: Tensor) -> Tensor:
     return tensor if tensor.numel() else tensor.new_zeros(1)
 
 
-def _kept(table: RowMap | PoolMap | PoolTable, device: torch.device, make: Callable[[], T]) -> T:
+def kept(
+    table: RowMap | PoolMap | PoolTable | AttentionGeometry,
+    device: torch.device,
+    make: Callable[[], T],
+) -> T:
+    """What `make` gives for a table and a device, made once and kept with the table."""
     copies = vars(table).setdefault("_on_device", {})
     if device not in copies:
         copies[device] = make()

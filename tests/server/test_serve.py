@@ -7,6 +7,7 @@ import os
 
 import pytest
 from transformers import BertConfig, DeepseekV2Config, LlamaConfig, WhisperConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
 
 from server import serve
 from server.engine.ending import EngineDied
@@ -223,3 +224,15 @@ def test_unless_somebody_says_how_long(check, monkeypatch):
     monkeypatch.setenv("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "9")
     check(LLAMA)
     assert os.environ["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] == "9"
+
+
+def test_compiled_code_is_not_reused_across_versions(check, monkeypatch):
+    def key() -> str:
+        args = check(LLAMA)
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        return config.compute_hash()
+
+    known = key()
+    assert key() == known
+    monkeypatch.setattr(serve, "__version__", "0.0.0")
+    assert key() != known

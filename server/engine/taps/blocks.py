@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from server.engine.batch import Member
     from server.engine.taps.tap import View
 
+# Probabilities on an accelerator at a time, 64 MiB: how many a prompt has is known when it comes,
+# and memory is shared out before.
+AT_ONCE = 1 << 24
+
 
 class BlockTap:
     """Probabilities of some rows and keys.
@@ -31,6 +35,7 @@ class BlockTap:
         spans = [np.arange(span.start, span.stop, dtype=np.int32) for span in observation.keys]
         self._keys = np.concatenate(spans) if spans else np.empty(0, np.int32)
         self._shape = query_heads, len(self._rows), len(self._keys)
+        self._at_once = max(1, AT_ONCE // max(query_heads * len(self._keys), 1))
         self._block: FloatArray | None = None
         self._taken = 0
 
@@ -46,8 +51,10 @@ class BlockTap:
             self._block, self._taken = np.empty(self._shape, np.float32), 0
         if self._block is None or first > self._taken:
             return
-        attention = view.attention(rows_at(member, self._rows[first:last]))
-        self._block[:, first:last] = attention.probabilities(self._keys).cpu().numpy()
+        for start in range(first, last, self._at_once):
+            part = slice(start, min(start + self._at_once, last))
+            attention = view.attention(rows_at(member, self._rows[part]))
+            self._block[:, part] = attention.probabilities(self._keys).cpu().numpy()
         self._taken = int(last)
 
     def value(self) -> FloatArray | None:

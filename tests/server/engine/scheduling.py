@@ -19,7 +19,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from calibrators.interface import Prefill
-from server.engine.calibrating import ATTRIBUTE
+from server.engine.arriving import ATTRIBUTE
 from server.engine.payload import KEY, Payload
 from server.engine.scheduler import make_scheduler
 

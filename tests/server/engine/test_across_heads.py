@@ -273,7 +273,7 @@ def test_new_requests_are_settled_and_plain_ones_cost_nothing(make_table, extra_
         calls.append(tuple(values.shape))
         return torch.cat([values, values], 1)
 
-    context = StepContext(table, lambda: ["a", "b"], gather=gather)
+    context = StepContext(table, lambda metadata: ["a", "b"], gather=gather)
 
     def begin(**new):
         requests = [
@@ -287,7 +287,10 @@ def test_new_requests_are_settled_and_plain_ones_cost_nothing(make_table, extra_
         ]
         context.begin(
             SimpleNamespace(
-                scheduled_new_reqs=requests, finished_req_ids=(), num_scheduled_tokens={}
+                scheduled_new_reqs=requests,
+                finished_req_ids=set(),
+                preempted_req_ids=None,
+                num_scheduled_tokens={},
             )
         )
 
@@ -317,6 +320,7 @@ class Group:
     """vLLM's group of two ranks, of which the other has the same."""
 
     world_size = 2
+    device = torch.device("cpu")
 
     def all_gather(self, values, dim):
         assert values.is_contiguous() and values.numel()

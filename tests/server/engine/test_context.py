@@ -27,15 +27,16 @@ def make_new(extra_args):
 @pytest.fixture
 def context(table):
     batch = []
-    made = StepContext(table, lambda: batch)
+    made = StepContext(table, lambda metadata: batch)
     made.batch = batch
     return made
 
 
-def begin(context, scheduled, new=(), finished=()):
+def begin(context, scheduled, new=(), finished=(), preempted=None):
     context.begin(
         SimpleNamespace(
             finished_req_ids=set(finished),
+            preempted_req_ids=preempted,
             scheduled_new_reqs=list(new),
             num_scheduled_tokens=scheduled,
         )
@@ -127,3 +128,33 @@ def test_a_plan_does_not_outlive_its_step(context, make_new):
     assert context.finish()
     assert context.finish() == {}
     assert context.plan(metadata([20], [20])) is None
+
+
+def test_a_preempted_request_that_is_announced_again_goes_on(context, table, make_new):
+    """As the V2 runner is told, with the tokens it has written as part of what to compute."""
+    begin(context, {"a": 20}, [make_new("a", 20)])
+    context.batch[:] = ["a"]
+    run(context, [20], [20])
+    context.finish()
+    begin(context, {"a": 1})
+    run(context, [1], [21])
+    context.finish()
+    begin(context, {}, preempted={"a"})
+    begin(context, {"a": 21}, [make_new("a", 20)])
+    run(context, [21], [21])
+    (tally,) = context.finish()["a"].tallies
+    assert (tally.prompt_tokens, tally.completion_tokens) == (20, 1)
+
+
+@pytest.mark.parametrize("returned", [True, False])
+def test_a_new_request_with_the_id_of_a_preempted_one_is_new(context, table, make_new, returned):
+    begin(context, {"a": 20}, [make_new("a", 20)])
+    first = table.get("a")
+    begin(context, {}, preempted={"a"})
+    if returned:
+        begin(context, {"a": 20}, [make_new("a", 20)])
+        assert table.get("a") is first
+    begin(context, {"a": 5}, [make_new("a", 5)], finished=["a"])
+    assert table.get("a").prompt.length == 5
+    begin(context, {"a": 7}, [make_new("a", 7)])
+    assert table.get("a").prompt.length == 7

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from calibrators import reference
-from server.engine import gpu_attention
+from server.engine import gpu_attention, residual
 from server.engine.batch import members
 from server.engine.gpu_attention import (
     PLAN,
@@ -162,6 +162,31 @@ def test_log_sum_exps_are_asked_for_where_a_layer_is_calibrated():
     with pytest.raises(ZeroDivisionError):
         function.of(lambda: 1 / 0)
     assert function(q=4) == "output"
+
+
+def test_log_sum_exps_of_parts_of_the_keys_are_not_taken_for_the_whole():
+    """As of a prefix that all requests share, and of what each has behind it."""
+    function = LogSumExps(lambda **options: ("output", "lse"))
+
+    def cascade():
+        prefix = function(q=1, return_softmax_lse=True)
+        assert prefix == function(q=2, return_softmax_lse=True) == ("output", "lse")
+
+    assert function.of(cascade) is None
+    assert function.of(lambda: function(q=3)) == "lse"
+
+
+def test_the_residual_stream_finds_the_plan(make_impl, monkeypatch):
+    impl, seen = make_impl(CalibratedTritonAttention), []
+    plan = SimpleNamespace(enter=lambda layer, hidden, rest: seen.append((layer, hidden, rest)))
+    context = SimpleNamespace(
+        attn_metadata={"layers.1.attn": SimpleNamespace(**{PLAN: plan}), "plain": object()},
+        no_compile_layers={"layers.1.attn": SimpleNamespace(impl=impl)},
+    )
+    monkeypatch.setattr(residual, "get_forward_context", lambda: context)
+    residual.enter_layer("hidden", "rest", "layers.1.attn")
+    residual.enter_layer("hidden", "rest", "plain")
+    assert seen == [(1, "hidden", "rest")]
 
 
 def test_the_function_is_replaced_once_for_all_layers(make_impl):

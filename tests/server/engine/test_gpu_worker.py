@@ -10,6 +10,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu_worker import Worker
 
 from server.engine.calibrating import Calibrating
+from server.engine.gpu_room import Largest, Method
 from server.engine.gpu_worker import CalibratedGPUWorker
 
 
@@ -20,18 +21,21 @@ def worker():
     made.device = torch.device("cpu")
     made.vllm_config = SimpleNamespace(
         model_config=SimpleNamespace(
-            get_num_attention_heads=lambda parallel: 4, get_head_size=lambda: 16
+            get_num_attention_heads=lambda parallel: 4,
+            get_num_kv_heads=lambda parallel: 2,
+            get_num_layers=lambda parallel: 3,
+            get_head_size=lambda: 16,
         ),
         parallel_config=None,
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=10),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=10, max_num_seqs=5),
         additional_config={"trimtab": {"calibrators": ["zerotuning"]}},
     )
     return made
 
 
 def test_room_for_the_largest_step_is_taken_while_memory_is_profiled(worker, monkeypatch):
-    # A pool, its weights and the rest; a value of 16, a peak and a total each; twice.
-    assert worker.scratch_bytes() == 2 * 10 * 4 * 3 * 18 * 4
+    largest = Largest(rows=10, slots=5, layers=3, query_heads=4, kv_heads=2, head_dim=16)
+    assert worker.room() == largest.room([Method(pools=1, parameters=1)])
     taken, ran = [], []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda size, **kw: taken.append(size) or empty(size, **kw))
@@ -48,7 +52,7 @@ def test_room_for_the_largest_step_is_taken_while_memory_is_profiled(worker, mon
 
     monkeypatch.setattr(Worker, "determine_available_memory", profile)
     assert worker.determine_available_memory() == 123
-    assert taken == [worker.scratch_bytes()]
+    assert taken == [worker.room()]
     assert ran == [{"randomize_inputs": False}]
     assert not vars(worker.model_runner)
 

@@ -1,5 +1,6 @@
 """Two ranks with half of the heads each, against one with all of them."""
 
+import json
 import pickle
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from calibrators.interface import Prompt
 from server.engine.batch import members
 from server.engine.programs import HeadShard
-from server.engine.ranks import Share, across, alone, united
+from server.engine.ranks import Share, across, alone, heads_across, united
 from server.engine.step import Planner
 from server.kernels.partials import PagedCache
 from tests.server.kernels.paging import problem
@@ -124,11 +125,12 @@ class Group:
     """vLLM's group of two ranks, seen from one; the other's message is known beforehand."""
 
     world_size = 2
+    device = torch.device("cpu")
 
     def __init__(self, rank, other):
         self.rank, self.other = rank, pickle.dumps(other)
 
-    def all_gather(self, tensor):
+    def all_gather(self, tensor, dim):
         return torch.cat([tensor, torch.tensor([float(len(self.other))])])
 
     def gather(self, tensor, dst, dim):
@@ -145,3 +147,53 @@ def test_shares_go_to_the_rank_whose_output_is_used(rank, sums):
     assert merged.done.tolist() == [True, rank == 0, False]
     assert merged.sums["mean"].tolist() == [3, 4]
     assert set(merged.sums) == {"mean", *(sums if rank == 0 else ())}
+
+
+class GPUs:
+    """vLLM's group of two ranks whose layers are on GPUs: its collectives take no host tensors."""
+
+    world_size = 2
+    device = torch.device("meta")
+
+    def __init__(self, rank):
+        self.rank_in_group, self.cpu_group = rank, torch.distributed.group.WORLD
+
+    def all_gather(self, tensor, dim):
+        assert tensor.device == self.device
+        return torch.cat([tensor, tensor], dim)
+
+    def gather(self, tensor, dst, dim):
+        raise AssertionError("a message is on the host")
+
+
+def on_two_gpus(rank, folder):
+    """What a rank gets, written to a file; the other runs beside it."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    group = GPUs(rank)
+    gather, union = heads_across(group), across(group)
+    values = torch.arange(6.0).view(3, 2, 1) + 10 * rank
+    # The second rank's message is the longer one.
+    own = share([1 - rank, 0, rank], **({"a statistic of some name": [1, 2]} if rank else {}))
+    merged = union({"m": own})["m"]
+    found = {
+        "host": gather(values).tolist(),
+        "device": list(gather(values.to("meta")).shape),
+        "nothing": list(gather(torch.empty(0, 2, 1)).shape),
+        "done": merged.done.tolist(),
+        "sums": sorted(merged.sums),
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_on_gpus_bring_together_what_is_on_the_host_and_what_is_not(tmp_path):
+    torch.multiprocessing.spawn(on_two_gpus, (tmp_path,), nprocs=2)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for rank, each in enumerate(found):
+        assert each["host"] == [[[a], [a + 1], [a + 10], [a + 11]] for a in (0.0, 2.0, 4.0)]
+        assert (each["device"], each["nothing"]) == ([3, 4, 1], [0, 4, 1])
+        # The shares of all are on the rank whose output is used, and its own on the other.
+        assert each["done"] == ([True, False, True] if rank == 0 else [False, False, True])
+        assert each["sums"] == ["a statistic of some name"]

@@ -34,7 +34,7 @@ class Worker:
 
     def __init__(self, table, *, repeats):
         self.batch: list[str] = []
-        self.context = StepContext(table, lambda: self.batch)
+        self.context = StepContext(table, lambda _: self.batch)
         self.context._repeats = repeats
         self.reports: dict[str, Report] = {}
         self.kinds: list[type] = []
@@ -45,6 +45,7 @@ class Worker:
         self.context.begin(
             SimpleNamespace(
                 finished_req_ids=set(finished),
+                preempted_req_ids=None,
                 scheduled_new_reqs=list(new),
                 num_scheduled_tokens=dict(zip(names, spans, strict=True)),
             )

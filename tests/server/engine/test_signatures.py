@@ -12,6 +12,8 @@ import inspect
 import pytest
 
 ATTENTION = "vllm.v1.attention"
+V2 = "vllm.v1.worker.gpu"
+PARALLEL = "vllm.distributed.parallel_state"
 FORWARD = "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
 BUILD = "self common_prefix_len common_attn_metadata fast_build"
 INIT = (
@@ -36,6 +38,11 @@ FUNCTIONS = [
     ("vllm.v1.worker.gpu_worker", "Worker.sample_tokens", "self grammar_output"),
     ("vllm.v1.worker.cpu_worker", "CPUWorker.execute_model", "self scheduler_output"),
     ("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher.dispatch", "self num_tokens"),
+    (f"{V2}.cudagraph_utils", "CudaGraphManager.dispatch", "self num_reqs num_tokens"),
+    (PARALLEL, "GroupCoordinator.all_gather", "self input_ dim"),
+    (PARALLEL, "GroupCoordinator.gather", "self input_ dst dim"),
+    (f"{V2}.async_utils", "AsyncOutput.get_output", "self"),
+    ("vllm.v1.worker.gpu_model_runner", "AsyncGPUModelRunnerOutput.get_output", "self"),
 ]
 
 # Parameters that are passed by name.
@@ -49,7 +56,14 @@ FIELDS = [
         f"{ATTENTION}.backend",
         "CommonAttentionMetadata",
         "query_start_loc query_start_loc_cpu seq_lens seq_lens_cpu_upper_bound num_reqs "
-        "num_actual_tokens max_query_len max_seq_len block_table_tensor slot_mapping causal",
+        "num_actual_tokens max_query_len max_seq_len block_table_tensor slot_mapping causal "
+        "req_idx",
+    ),
+    (f"{V2}.cudagraph_utils", "BatchExecutionDescriptor", "cg_mode num_tokens num_reqs"),
+    (
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        "scheduled_new_reqs finished_req_ids preempted_req_ids num_scheduled_tokens",
     ),
     (f"{ATTENTION}.backends.flash_attn", "FlashAttentionMetadata", "block_table"),
     (f"{ATTENTION}.backends.triton_attn", "TritonAttentionMetadata", "block_table"),
@@ -58,6 +72,66 @@ FIELDS = [
 
 # Phrases of a source whose meaning our code repeats.
 PHRASES = [
+    (
+        PARALLEL,
+        "GroupCoordinator.__init__",
+        "self.cpu_group = self_cpu_group",
+        "a group of GPUs has one beside it for what is on the host",
+    ),
+    (
+        PARALLEL,
+        "GroupCoordinator.__init__",
+        'self.device = torch.device(f"cuda:{visible_device_index}")',
+        "a group knows where its collectives take tensors from",
+    ),
+    (
+        f"{V2}.model_states.default",
+        "DefaultModelState.prepare_attn",
+        "req_idx=input_batch.idx_mapping_np",
+        "metadata says which slot each row of the batch is",
+    ),
+    (
+        f"{V2}.states",
+        "RequestState.add_request",
+        "self.index_to_req_id[req_idx] = req_id",
+        "slots are told apart by the ids in them",
+    ),
+    (
+        f"{V2}.model_runner",
+        "GPUModelRunner.initialize_kv_cache",
+        "self.cudagraph_manager = ModelCudaGraphManager(",
+        "the V2 runner has its graph manager once the KV cache is set up",
+    ),
+    (
+        f"{V2}.dp_utils",
+        "dispatch_cg_and_sync_dp",
+        "batch_desc = cudagraph_manager.dispatch( num_reqs, num_tokens,",
+        "the V2 runner asks the manager's attribute for each step",
+    ),
+    (
+        f"{V2}.cudagraph_utils",
+        "_is_compatible",
+        "(desc.num_reqs is None or desc.num_reqs >= num_reqs)",
+        "a full graph is for so many requests at most, and one of pieces for any number",
+    ),
+    (
+        f"{V2}.model_runner",
+        "GPUModelRunner.execute_model",
+        "model_output = self.cudagraph_manager.run_fullgraph(batch_desc)",
+        "nothing but a full graph is replayed without the model's own Python",
+    ),
+    (
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.schedule",
+        "scheduled_new_reqs.extend(scheduled_resumed_reqs)",
+        "the V2 runner is told of a preempted request anew",
+    ),
+    (
+        "vllm.v1.executor.multiproc_executor",
+        "WorkerProc.enqueue_output",
+        "if isinstance(output, AsyncModelRunnerOutput): try: output = output.get_output()",
+        "executors wait for outputs by `get_output` alone",
+    ),
     (
         f"{ATTENTION}.backends.flash_attn",
         "FlashAttentionImpl.forward",

@@ -119,10 +119,8 @@ def test_a_cache_layout_that_cannot_be_read_is_refused(planned):
 def on_gpu(**changes):
     """A configuration that is let in on a GPU where untested things are."""
     usual = {
-        "use_v2_model_runner": False,
         "parallel_config__worker_cls": startup.GPU_WORKER,
         "parallel_config__enable_dbo": False,
-        "scheduler_config__async_scheduling": False,
         "model_config__is_multimodal_model": False,
         "model_config__enforce_eager": False,
     }
@@ -140,6 +138,7 @@ def test_a_gpu_is_refused_unless_untested_things_are_allowed(gpu):
     with pytest.raises(StartupRefused, match="--allow-untested-vllm to be the first"):
         check_config(on_gpu())
     check_config(on_gpu(), allow_untested=True)
+    check_config(on_gpu(parallel_config__tensor_parallel_size=2), allow_untested=True)
 
 
 def test_other_platforms_are_refused(gpu):
@@ -151,9 +150,6 @@ def test_other_platforms_are_refused(gpu):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
-        ({"scheduler_config__async_scheduling": True}, "--no-async-scheduling"),
-        ({"parallel_config__tensor_parallel_size": 2}, "--tensor-parallel-size"),
         ({"parallel_config__enable_dbo": True}, "--enable-dbo"),
         ({"model_config__is_multimodal_model": True}, "--enforce-eager"),
         ({"parallel_config__worker_cls": startup.CPU_WORKER}, "--worker-cls"),

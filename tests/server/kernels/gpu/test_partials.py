@@ -88,6 +88,23 @@ def test_only_selected_heads_are_measured():
     assert partials.mass.count_nonzero() == 0 and partials.value.count_nonzero() == 0
 
 
+def test_a_layer_copies_its_geometry_to_the_device_once(monkeypatch):
+    """Another layer of the same geometry has one of its own."""
+    case, made = problem([40], [1], block=16, sinks=True), []
+    find = gpu_launch._or_something
+    monkeypatch.setattr(
+        gpu_launch, "_or_something", lambda *args: made.append(args[0]) or find(*args)
+    )
+    heads = torch.ones(1, 6, dtype=torch.bool)
+    first = attention(case, heads)
+    again = attention(case, heads)
+    assert len(made) == 2 and torch.equal(made[1], case.geometry.sinks)
+    assert again._model is first._model
+    other = attention(replace(case, geometry=replace(case.geometry, sinks=torch.zeros(6))), heads)
+    assert len(made) == 4
+    assert not torch.equal(other.log_sum_exp, first.log_sum_exp)
+
+
 def test_rows_that_stand_for_nothing_are_left_alone():
     case = problem([40, 50], [3, 1], block=16)
     token = case.rows.token.clone()
