@@ -356,7 +356,8 @@ class Calibrator(Protocol):
     def coefficients(self, masses: Masses, parameters: Mapping[str, torch.Tensor]) -> Coefficients:
         """Coefficients from masses, for every row of this method in the step.
 
-        Total: whatever finite masses come in, nothing is raised. Each parameter is float32
+        Total: whatever finite masses come in, nothing is raised. A function of its arguments
+        alone: an engine may trace it once and compile what it saw. Each parameter is float32
         `[rows, query_heads]`, of the same heads as the masses. Those not selected are ignored.
         """
         ...
