@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from calibrators import capabilities
 from calibrators.canonical import canonical_json, digest
+from calibrators.capabilities import reads_query
 from calibrators.interface import (
     Bound,
     CalibrationError,
@@ -123,6 +124,7 @@ class Admission:
             text_layers(pairs),
             tuple(path for _, path in placed),
             any(calibrator.modality == "vision" for calibrator, _ in pairs),
+            any(reads_query(calibrator) for calibrator, _ in pairs),
         )
 
     def check_prompt(self, admitted: Admitted, length: int) -> None:

@@ -37,6 +37,7 @@ class Admitted:
         text_layers: layers in which the prompt has to be seen without its images first.
         paths: where in the request each of `bounds` was asked for.
         vision: any of them needs an image.
+        question: any of them looks at the text of the last user message.
     """
 
     bounds: tuple[Bound, ...]
@@ -47,6 +48,7 @@ class Admitted:
     text_layers: tuple[int, ...] = ()
     paths: tuple[str, ...] = ()
     vision: bool = False
+    question: bool = False
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -29,9 +29,11 @@ class Wording:
     """The last user message's texts as spans of characters of the rendered prompt.
 
     Attributes:
+        sought: whether anybody needs to know; images are looked for in any case.
         spans: in order; None while unknown, or where they cannot be told from their surroundings.
     """
 
+    sought: bool = True
     spans: tuple[Span, ...] | None = None
 
 
@@ -39,9 +41,9 @@ _WANTED: ContextVar[Wording | None] = ContextVar("trimtab_wording", default=None
 
 
 @contextmanager
-def wanted() -> Iterator[Wording]:
-    """Have the chats that this context renders looked at."""
-    wording = Wording()
+def wanted(words: bool = True) -> Iterator[Wording]:
+    """Have the chats that this context renders looked at, the words in them where they matter."""
+    wording = Wording(words)
     token = _WANTED.set(wording)
     try:
         yield wording
@@ -64,7 +66,7 @@ def look_for(engine_client: EngineClient) -> None:
     async def looked_at(messages: Any, params: ChatParams) -> Any:  # noqa: ANN401
         conversation, prompt = await render(messages, params)
         wording, text = _WANTED.get(), prompt.get("prompt")
-        if wording is not None and isinstance(text, str):
+        if wording is not None and wording.sought and isinstance(text, str):
             arguments = params.get_apply_chat_template_kwargs()
 
             def again(marked: list[Any]) -> object:

@@ -98,7 +98,7 @@ async def _answer(
         record.methods, record.digest = "+".join(admitted.methods), admitted.short_digest
         receipt = front_end.open(admitted, request.n or 1, record)
         request.calibrate_with(lambda: front_end.desk.issue(receipt))
-        with wording.wanted() if admitted.vision else nullcontext():
+        with wording.wanted(admitted.question) if admitted.vision else nullcontext():
             return await calibrated(request, raw_request, handler, receipt)
     except Refusal as refusal:
         front_end.metrics.refused(refusal)

@@ -52,6 +52,21 @@ def test_what_is_admitted_says_where_it_was_asked_for_and_what_it_needs(
     assert (admitted.vision, admitted.paths) == (vision, paths)
 
 
+@pytest.mark.parametrize(
+    ("field", "question"), [("sight", False), ("asks", True), (["heads", "asks"], True)]
+)
+def test_words_are_looked_for_where_a_method_reads_them(
+    make_calibrator, make_facts, field, question
+):
+    fakes = [
+        make_calibrator("sight", modality="vision"),
+        make_calibrator("asks", modality="vision", reads_query=True),
+        make_calibrator("heads", reweights=False),
+    ]
+    admission = Admission({f.name: f for f in fakes}, make_facts(modality="vision"), "m")
+    assert admission.admit(field).question is question
+
+
 def test_no_more_than_two_are_let_in_where_nothing_else_is_said(make_admission):
     admission = make_admission()
     assert refused(admission, ["words", "heads", "heads"]).reason == "malformed"

@@ -160,6 +160,13 @@ def test_chats_are_looked_at_only_where_that_is_wanted(engine):
     assert (conversation, prompt["prompt"][6:9]) == ([user("Hm?")], "Hm?")
 
 
+def test_words_that_nobody_looks_at_are_not_looked_for(engine):
+    wording.look_for(engine)
+    with wording.wanted(words=False) as found:
+        render(engine)
+    assert found.spans is None
+
+
 def test_a_prompt_that_is_rendered_to_tokens_is_left_alone(engine):
     wording.look_for(engine)
     with wording.wanted() as found:
