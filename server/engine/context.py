@@ -60,7 +60,7 @@ class StepContext:
     def begin(self, scheduler_output: SchedulerOutput) -> None:
         """Take up and forget requests as the scheduler says. Ids may be reused in one step."""
         finished = scheduler_output.finished_req_ids
-        self._table.drop(finished)
+        self._planner.forget(self._table.drop(finished))
         self._preempted = (
             self._preempted | (scheduler_output.preempted_req_ids or set())
         ) - finished

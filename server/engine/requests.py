@@ -101,11 +101,12 @@ class RequestTable:
             failed=None in made or prompt.length != length,
         )
 
-    def drop(self, request_ids: Iterable[str]) -> None:
-        """Forget finished and aborted requests."""
-        for request_id in request_ids:
-            if self._requests.pop(request_id, None) is not None:
-                self.changes += 1
+    def drop(self, request_ids: Iterable[str]) -> list[CalibratedRequest]:
+        """Forget finished and aborted requests; those that there were."""
+        found = (self._requests.pop(request_id, None) for request_id in request_ids)
+        dropped = [request for request in found if request is not None]
+        self.changes += len(dropped)
+        return dropped
 
     def _program(self, bound: Bound, prompt: Prompt, text_outputs: Mapping[str, str]) -> Program:
         calibrator = self._calibrators[bound.method]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from server.engine.taps.step import StepTaps
 from server.engine.taps.tap import View
 from server.kernels import dispatch as kernels
 from server.kernels.partials import AttentionGeometry, PagedCache, RowMap, StridedCache
+
+if TYPE_CHECKING:
+    from server.engine.requests import CalibratedRequest
 
 
 class MethodStep:
@@ -231,6 +234,16 @@ class Planner:
             stack = self._stack(name, programs)
             methods.append(MethodStep(members, programs, stack, self._gather))
         return StepPlan(batch, methods)
+
+    def forget(self, requests: Iterable[CalibratedRequest]) -> None:
+        """Let go of the tables of requests that are over: they will not be stacked alike again."""
+        gone = {id(program) for request in requests for program in request.programs}
+        if gone:
+            self._stacks = {
+                name: known
+                for name, known in self._stacks.items()
+                if not any(id(program) in gone for program in known[0])
+            }
 
     def _stack(self, name: str, programs: Sequence[Program]) -> Stack:
         known = self._stacks.get(name)

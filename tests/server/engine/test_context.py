@@ -1,3 +1,5 @@
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -158,3 +160,18 @@ def test_a_new_request_with_the_id_of_a_preempted_one_is_new(context, table, mak
     assert table.get("a").prompt.length == 5
     begin(context, {"a": 7}, [make_new("a", 7)])
     assert table.get("a").prompt.length == 7
+
+
+def test_nothing_is_left_of_requests_that_ended(context, table, make_new):
+    begin(context, {"a": 20}, [make_new("a", 20)])
+    context.batch[:] = ["a"]
+    run(context, [20], [20])
+    context.finish()
+    for n in (1, 2, 3):
+        begin(context, {"a": 1})
+        run(context, [1], [20 + n])
+        context.finish()
+    left = weakref.ref(table.get("a").programs[0])
+    begin(context, {}, finished=["a"])
+    gc.collect()
+    assert left() is None
