@@ -146,6 +146,13 @@ def test_reports_and_outputs_are_those_of_steps_of_their_own(way, pair):
     assert one.kinds == [dict, dict, *[Progress] * 6]
 
 
+def test_a_run_goes_on_over_the_ends_of_pages(way, pair):
+    _, _, new = pair
+    same(pair, ["a", "b"], [29, 60], [29, 60], [new("a", 29), new("b", 60)])
+    for n in range(1, 9):
+        same(pair, ["a", "b"], [29 + n, 60 + n])
+
+
 def test_a_batch_that_changes_ends_a_run_and_another_begins(way, pair):
     one, _, new = pair
     same(pair, ["a", "b"], [20, 9], [20, 9], [new("a", 20), new("b", 9)])
