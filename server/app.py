@@ -82,7 +82,7 @@ class TrimtabEndpoint:
             separate(engine_client, front_end.tenant_salt)
         listen(engine_client, front_end.report)
         trace_calibration(engine_client, front_end.attributes)
-        on_shutdown(engine_client, front_end.drain)
+        on_shutdown(engine_client, front_end.gate.close)
         handle_errors(self._app)
         describe(self._app, front_end.admission.calibrators.values(), free_paths(args, settings))
         enclose(self._app, args, settings)

@@ -16,6 +16,7 @@ from server.engine.geometry import Geometry
 from server.engine.payload import Report
 from server.engine.preludes import Preludes
 from server.metrics import Metrics
+from server.middleware.drain import Gate
 from server.middleware.keys import CURRENT, TENANT
 from server.middleware.request_log import FAILED, Record
 from server.receipts import Receipt, ReceiptDesk
@@ -35,8 +36,8 @@ class FrontEnd:
         salt_key: secret of cache salts, the same in all API servers of an engine.
         aliases: model names that stand for a preset.
         desk: open receipts.
-        preludes: text passes that run, and requests that wait for theirs.
-        draining: set when shutdown has begun.
+        preludes: text passes that run.
+        gate: that requests come in through, closed when shutdown begins.
         capacity: requests served at once, running and queued; more are refused.
     """
 
@@ -46,7 +47,7 @@ class FrontEnd:
     aliases: Mapping[str, Alias] = field(default_factory=dict)
     desk: ReceiptDesk = field(default_factory=ReceiptDesk)
     preludes: Preludes = field(default_factory=Preludes)
-    draining: bool = False
+    gate: Gate = field(default_factory=Gate)
     capacity: int = sys.maxsize
 
     def open(self, admitted: Admitted, choices: int, log: Record | None = None) -> Receipt:
@@ -115,11 +116,6 @@ class FrontEnd:
             return salt
         parts = json.dumps(["tenant", tenant, salt]).encode()
         return hmac.new(self.salt_key, parts, hashlib.sha256).hexdigest()
-
-    def drain(self, seconds: float) -> None:
-        """Shutdown has begun: nothing new is let in, and what is has to reach the engine."""
-        self.draining = True
-        self.preludes.wait(seconds)
 
 
 def _tenant(raw_request: Request) -> str:

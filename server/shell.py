@@ -49,7 +49,7 @@ def guard(app: FastAPI, args: Namespace, settings: Settings) -> None:
         free = _open(settings)
         app.user_middleware.append(Middleware(KeyMiddleware, keys=known, open_paths=free))
     app.user_middleware += [
-        Middleware(DrainMiddleware, draining=lambda: state.trimtab.draining),
+        Middleware(DrainMiddleware, gate=lambda: state.trimtab.gate),
         Middleware(
             QueueMiddleware,
             capacity=lambda: state.trimtab.capacity,

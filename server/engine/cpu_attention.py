@@ -18,7 +18,6 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from server.engine.context import StepContext
 from server.engine.layouts import unreadable_layout
-from server.engine.remainder import Remainder
 from server.engine.step import StepPlan
 from server.kernels.partials import AttentionGeometry, PagedCache
 
@@ -28,7 +27,6 @@ class CalibratedMetadata(CPUAttentionMetadata):
     """Metadata of a step in which calibrated requests take part."""
 
     calibration: StepPlan = field(kw_only=True)
-    remainder: Remainder[CPUAttentionMetadata] = field(kw_only=True)
 
 
 class CalibratedMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -47,13 +45,11 @@ class CalibratedMetadataBuilder(CPUAttentionMetadataBuilder):
         plan = self.calibration.plan(common_attn_metadata) if self.calibration else None
         if plan is None:
             return metadata
-        build = partial(super().build, common_prefix_len, fast_build=fast_build)
-        remainder = Remainder(common_attn_metadata, build)
-        return CalibratedMetadata(**vars(metadata), calibration=plan, remainder=remainder)
+        return CalibratedMetadata(**vars(metadata), calibration=plan)
 
 
 class CalibratedAttention(CPUAttentionBackendImpl):
-    """Runs the stock kernel for all rows but those that calibration computes, then calibrates."""
+    """Runs the stock kernel unless calibration computes all rows itself, then calibrates."""
 
     layer_index: int | None = None
     geometry: AttentionGeometry
@@ -94,14 +90,8 @@ class CalibratedAttention(CPUAttentionBackendImpl):
             untouched: Tensor = stock(query, key, value, *rest)
             return untouched
         plan = attn_metadata.calibration
-        computed = plan.computed(index)
-        if computed:
-            part = attn_metadata.remainder.without(computed)
-            if part.metadata is not None:
-                found = torch.empty_like(output[part.tokens])
-                stock(query[part.tokens], key, value, kv_cache, part.metadata, found)
-                output[part.tokens] = found
-        else:
+        # All rows or none: a smaller batch is split otherwise among threads, and rounded otherwise.
+        if len(plan.computed(index)) < len(attn_metadata.seq_lens):
             stock(query, key, value, *rest)
         pages, kv_heads, block, width = kv_cache.shape
         cache = PagedCache(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from itertools import chain
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 Generate: TypeAlias = Callable[..., Any]
 # Of the options of a request, what says where and when it runs.
 SHARED = frozenset({"lora_request", "priority", "data_parallel_rank"})
-POLL_SECONDS = 0.02
 
 
 class Preludes:
@@ -32,10 +30,9 @@ class Preludes:
 
     def __init__(self) -> None:
         self._seen: dict[str, Mapping[str, str]] = {}
-        self._ahead: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._ahead)
+        return len(self._seen)
 
     def take(self, report: Report) -> bool:
         """Take a report that is of a text pass; whether it is."""
@@ -45,15 +42,6 @@ class Preludes:
             (tally,) = report.tallies
             self._seen[report.ticket] = tally.details.get(OUTPUTS, {})
         return True
-
-    def wait(self, seconds: float) -> None:
-        """Wait until the engine has every request whose text pass it was given.
-
-        It takes nothing new once it has been told to stop.
-        """
-        deadline = time.monotonic() + seconds
-        while self._ahead and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
 
     async def generate(
         self,
@@ -65,21 +53,14 @@ class Preludes:
         **options: Any,  # noqa: ANN401
     ) -> AsyncIterator[Any]:
         """Outputs of the request, when its text pass is done."""
-        self._ahead.add(payload.ticket)
-        try:
-            shared = {name: value for name, value in options.items() if name in SHARED}
-            outputs = await self._run(generate, payload, prompt, f"{request_id}-text", shared)
-            given = sampling_params.extra_args or {}
-            entry = {**given[KEY], "text_outputs": outputs}
-            sampling_params.extra_args = {**given, KEY: entry}
-            async with aclosing(
-                generate(prompt, sampling_params, request_id, **options)
-            ) as answered:
-                async for output in answered:
-                    self._ahead.discard(payload.ticket)
-                    yield output
-        finally:
-            self._ahead.discard(payload.ticket)
+        shared = {name: value for name, value in options.items() if name in SHARED}
+        outputs = await self._run(generate, payload, prompt, f"{request_id}-text", shared)
+        given = sampling_params.extra_args or {}
+        entry = {**given[KEY], "text_outputs": outputs}
+        sampling_params.extra_args = {**given, KEY: entry}
+        async with aclosing(generate(prompt, sampling_params, request_id, **options)) as answered:
+            async for output in answered:
+                yield output
 
     async def _run(
         self,

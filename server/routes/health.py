@@ -18,7 +18,7 @@ router = APIRouter()
 async def ready(request: Request) -> JSONResponse:
     """200 while requests are welcome; 503 while draining or when the engine is dead."""
     state = request.app.state
-    if state.trimtab.draining:
+    if state.trimtab.gate.closed:
         return _unready("draining")
     if state.engine_client.errored:
         return _unready("dead")

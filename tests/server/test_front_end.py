@@ -40,12 +40,6 @@ def test_a_report_of_a_text_pass_reaches_no_receipt(front_end):
     assert [tally.prompt_tokens for _, tally in receipt.totals()] == [4]
 
 
-def test_nothing_is_let_in_once_draining_has_begun(front_end):
-    assert not front_end.draining
-    front_end.drain(0)
-    assert front_end.draining
-
-
 def salt_of(front_end, tenant, salt):
     token = CURRENT.set(tenant)
     try:

@@ -24,6 +24,7 @@ from vllm.entrypoints.serve.instrumentator import metrics
 from server import protocol, serve
 from server.app import handle_errors
 from server.limits import Limits
+from server.middleware.drain import Gate
 from server.middleware.paths import OPEN_PATHS, PROBES
 from server.protocol import select
 from server.settings import Settings
@@ -49,7 +50,7 @@ def build(*flags):
     os.environ["VLLM_PLUGINS"] = "trimtab"
     app = build_app(args, ("generate",))
     app.state.trimtab = SimpleNamespace(
-        draining=False, capacity=sys.maxsize, metrics=SimpleNamespace(overloaded=lambda: None)
+        gate=Gate(), capacity=sys.maxsize, metrics=SimpleNamespace(overloaded=lambda: None)
     )
     app.state.engine_client = SimpleNamespace(errored=False)
     handle_errors(app)

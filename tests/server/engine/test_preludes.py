@@ -1,5 +1,4 @@
 import asyncio
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -106,7 +105,7 @@ def test_a_request_runs_when_its_prompt_has_run_without_images(make_engine, prel
     assert (main.text_outputs, main.text_layers) == (SEEN, LAYERS)
     assert (main.ticket, main.calibrations) == ("t", (BOUND,))
     assert params.extra_args["other"] == 1
-    assert (len(preludes), preludes._seen) == (0, {})
+    assert len(preludes) == 0
 
 
 @pytest.mark.parametrize("extra_args", [None, {}, sampling(layers=()).extra_args])
@@ -126,7 +125,7 @@ def test_a_text_pass_that_failed_fails_its_request(make_engine, preludes, behavi
     with pytest.raises(GenerationError, match="without its images"):
         read(engine.generate(PROMPT, sampling(), "id"))
     assert [call[3] for call in engine.calls] == ["id-text"]
-    assert (len(preludes), preludes._seen) == (0, {})
+    assert len(preludes) == 0
 
 
 def test_a_text_pass_that_is_refused_refuses_its_request(make_engine, preludes):
@@ -134,7 +133,7 @@ def test_a_text_pass_that_is_refused_refuses_its_request(make_engine, preludes):
     with pytest.raises(ValueError, match="queue is full"):
         read(engine.generate(PROMPT, sampling(), "id"))
     assert len(engine.calls) == 1
-    assert (len(preludes), preludes._seen) == (0, {})
+    assert len(preludes) == 0
 
 
 def test_who_leaves_takes_the_text_pass_along(make_engine, preludes):
@@ -152,7 +151,7 @@ def test_who_leaves_takes_the_text_pass_along(make_engine, preludes):
     engine = asyncio.run(leave())
     assert engine.closed == ["id-text"]
     assert [call[3] for call in engine.calls] == ["id-text"]
-    assert (len(preludes), preludes._seen) == (0, {})
+    assert len(preludes) == 0
 
 
 def test_who_leaves_later_aborts_the_request(make_engine, preludes):
@@ -185,17 +184,6 @@ def test_requests_at_the_same_time_keep_apart(make_engine, preludes):
 def test_reports_of_others_are_left_alone(preludes):
     assert not preludes.take(Report("t", [Tally()]))
     assert not preludes.take(Report("t-text", [Tally()]))
-
-
-def test_shutdown_waits_for_requests_on_their_way(preludes):
-    preludes._ahead.add("t")
-    preludes.wait(0)
-    preludes.wait(0.01)
-    assert len(preludes) == 1
-    arriving = threading.Timer(0.05, preludes._ahead.clear)
-    arriving.start()
-    preludes.wait(60)
-    assert len(preludes) == 0
 
 
 def test_a_prompt_without_images_is_its_own_text():

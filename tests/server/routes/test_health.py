@@ -10,7 +10,7 @@ def test_ready(app):
 
 
 def test_not_ready_while_draining(app):
-    app.state.trimtab.draining = True
+    app.state.trimtab.gate.close(0)
     response = TestClient(app).get("/ready")
     assert (response.status_code, response.json()) == (503, {"status": "draining"})
 
