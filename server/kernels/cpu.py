@@ -10,7 +10,9 @@ computes with neither.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,10 +23,12 @@ from torch import Tensor
 
 from server.kernels import (
     cpu_columns,
+    cpu_masses,
     cpu_partials,
     cpu_pools,
     cpu_probabilities,
     cpu_rescale,
+    cpu_weighing,
 )
 from server.kernels.cpu_product import PAIRS
 from server.kernels.partials import (
@@ -39,6 +43,25 @@ from server.kernels.partials import (
 )
 
 _BITS = {torch.float32: None, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+# Bytes of probabilities that may be kept from masses to values.
+MOST_KEPT = 32 << 20
+# So many keys of a row, and any number of which pools have a share like this, are read quicker in
+# two passes; else one is, since it multiplies while it waits for memory.
+FEW, SHARE = 512, 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Kept(Partials):
+    """Masses of single rows, and every probability they are of: `value` has no columns yet.
+
+    Attributes:
+        probability: what `cpu_masses` keeps.
+        source: what `cpu_weighing` takes of the layer.
+    """
+
+    probability: Array
+    source: tuple[Any, ...]
 
 
 class Attention:
@@ -63,8 +86,9 @@ class Attention:
         self._shape = (rows.token.shape[0], *query.shape[1:])
         self._query = _in_pairs(*_flat(query))
         self._pages = _bits(cache.pages)
+        self._block = cache.extent(query.shape[2])[1]
         self._table = cache.block_table.numpy()
-        self._rows = rows.arrays
+        self._rows, self._map = rows.arrays, rows
         self._heads = heads.numpy()
         self._model = geometry.in_base_2
 
@@ -131,13 +155,51 @@ class Attention:
         return out
 
     def pool_partials(self, pools: PoolMap | PoolTable) -> Partials:
-        """Mass and value sum of each pool and of the rest, zero on heads that are not selected."""
-        rows, query_heads, head_dim = self._shape
-        pools = PoolTable.of(pools, query_heads) if isinstance(pools, PoolMap) else pools
-        found = Partials.empty(pools, rows, query_heads, head_dim)
-        if pools.pools:
-            self._divide(pools, self.log_sum_exp if pools.narrowed else torch.empty(0, 0), found)
+        """Mass and value sum of each pool and of the rest, zero on heads that are not selected.
+
+        In the quicker of two ways.
+        """
+        table = self._of_heads(pools)
+        keys = self._kept_shape()[2] * self._block
+        fits = 4 * math.prod(self._kept_shape()) <= MOST_KEPT and self._map.single
+        pays = table.pools > 0 and (keys <= FEW or table.pooled >= SHARE * keys)
+        return self.kept(table) if fits and pays else self.divided(table)
+
+    def divided(self, pools: PoolMap | PoolTable) -> Partials:
+        """Masses and value sums, whatever the rows."""
+        table, (rows, query_heads, head_dim) = self._of_heads(pools), self._shape
+        found = Partials.empty(table, rows, query_heads, head_dim)
+        if table.pools:
+            self._divide(table, self.log_sum_exp if table.narrowed else torch.empty(0, 0), found)
         return found
+
+    def kept(self, pools: PoolMap | PoolTable) -> Kept:
+        """Masses, and probabilities of which `combine` makes value sums; row by row."""
+        table, (rows, query_heads, head_dim) = self._of_heads(pools), self._shape
+        mass = torch.empty(rows, query_heads, table.columns)
+        probability = np.empty(self._kept_shape(), np.float32)
+        _run(
+            cpu_masses.serial,
+            cpu_masses.parallel,
+            *self._given(table),
+            probability,
+            mass.numpy(),
+        )
+        source = self._pages, self._table, self._rows, table.arrays, self._heads, self._model[0][2]
+        value = torch.empty(rows, query_heads, 0, head_dim)
+        return Kept(table.pools, mass, value, probability, source)
+
+    def _of_heads(self, pools: PoolMap | PoolTable) -> PoolTable:
+        return PoolTable.of(pools, self._shape[1]) if isinstance(pools, PoolMap) else pools
+
+    def _kept_shape(self) -> tuple[int, ...]:
+        """`[rows, kv_heads, pages, group, block]`, pages as many as the longest row sees."""
+        rows, query_heads, _ = self._shape
+        kv_heads, window = self._pages.shape[1], self._model[0][2]
+        pages = self._map.last // self._block + 1
+        if window > 0:
+            pages = min(pages, (window - 1) // self._block + 2)
+        return rows, kv_heads, pages, query_heads // kv_heads, self._block
 
     def _divide(self, pools: PoolTable, log_sum_exp: Tensor, found: Partials) -> None:
         _run(
@@ -201,6 +263,18 @@ def combine(
         factors: float32 `[rows, query_heads, columns]`, by column `c_g`, `d_g` and `c_rest`.
     """
     finite = torch.ones(len(rows.token), dtype=torch.bool)
+    if isinstance(partials, Kept):
+        _run(
+            cpu_weighing.serial,
+            cpu_weighing.parallel,
+            _bits(output),
+            *partials.source,
+            partials.probability,
+            heads.numpy(),
+            factors.numpy(),
+            finite.numpy(),
+        )
+        return finite
     _run(
         cpu_pools.combine_serial,
         cpu_pools.combine_parallel,
@@ -228,8 +302,8 @@ def warm_up(dtype: torch.dtype, query_heads: int, kv_heads: int, head_dim: int, 
     attention = Attention(tokens, cache, rows, heads, geometry)
     attention.column_means()
     attention.probabilities(index.numpy())
-    partials = attention.pool_partials(pools)
-    combine(tokens, rows, heads, partials, partials.mass)
+    for partials in (attention.divided(pools), attention.kept(pools)):
+        combine(tokens, rows, heads, partials, partials.mass)
     factor = partials.mass[..., 0].contiguous()
     attention.rescale(tokens, pools, factor, heads[:, 0].contiguous(), Changes.none(1, query_heads))
 

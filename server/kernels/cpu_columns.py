@@ -9,8 +9,9 @@ from numba import njit, prange
 
 from server.kernels.cpu_elements import FASTMATH, INNER, power
 from server.kernels.cpu_fold import unpack, unpacked_page
-from server.kernels.cpu_stretch import QUERIES, score_many
+from server.kernels.cpu_stretch import score_many
 from server.kernels.cpu_tiles import buffer_for, chosen_heads, load, seen_by
+from server.kernels.cpu_vector import QUERIES
 from server.kernels.partials import TILE
 
 
@@ -42,7 +43,7 @@ def _add_tile(queries, count, seen, part, page, numbers, scores, lse, column):
     begin, heads, start = part
     for first in range(0, count, QUERIES):
         number = min(QUERIES, count - first)
-        score_many(queries, first, number, page, scores.shape[1], scores)
+        score_many(queries, first, number, page, page, scores.shape[1], scores)
         for q in range(number):
             i = first + q
             r, c = begin + i // heads.shape[0], i % heads.shape[0]

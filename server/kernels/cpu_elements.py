@@ -95,6 +95,15 @@ def _store_for(row, x):
 
 
 @njit(inline="always")
+def all_finite(x):
+    """Whether all elements are."""
+    check = np.float32(0)
+    for d in range(x.shape[0]):
+        check += x[d] * np.float32(0)
+    return check == 0
+
+
+@njit(inline="always")
 def power(x):
     """`2^x` for x <= 0 to 2 ulp, 0 below 2^-126; it vectorises, and `np.exp2` does not."""
     y = np.float32(-127) if x < np.float32(-127) else x  # keeps NaN; 2^-127 comes out as 0

@@ -84,7 +84,8 @@ def _logits(queries, i, seen, page, numbers, low, high, x):
     """Logits of a page into `x`; the highest of `low..high`."""
     keys, values, start = page
     slope, before, cap = seen[4][i], np.float32(start - seen[2][i]), numbers[1]
-    score_one(queries, i, 1, keys.reshape(values.shape[1], values.shape[0]), high, x)
+    keys = keys.reshape(values.shape[1], values.shape[0])
+    score_one(queries, i, 1, keys, keys, high, x)
     highest = _LOWEST
     if cap > 0:
         for j in range(high):
@@ -139,12 +140,12 @@ def _take_page(queries, seen, kind, page, above, numbers, given, m, u):
             _divide(p, b, own, weights, pools, shares, mass)
             for column in range(0, shares.shape[0], MOST):
                 count = min(MOST, shares.shape[0] - column)
-                add_values(shares, values, column, count, b, value)
+                add_values(shares, values, values, column, count, b, value)
 
 
 @njit(inline="always")
-def _mark(ways, n, pools, start, owners, weights):
-    """Whose the keys of a page are, and their weights."""
+def mark(ways, n, pools, start, owners, weights):
+    """Whose the keys from `start` on are, and their weights; `pools` where they are of none."""
     keys, given = pools[0], pools[2]
     bounds, spans = ways[:2]
     stop = start + owners.shape[0]
@@ -202,7 +203,7 @@ def measure(queries, count, seen, part, pages, table, kv, ways, pools, numbers, 
         for n in range(sets.shape[0]):
             kind, above = (*part, starts[n], starts[n + 1]), pools[4][sets[n]]
             if some >= many(block):
-                _mark(ways, n, pools, start, given[3], given[4])
+                mark(ways, n, pools, start, given[3], given[4])
                 _take_page(queries, seen, kind, page, above, numbers, given, m, u)
             else:
                 _take_keys(queries, seen, kind, page, ways, n, pools, above, numbers, given, m, u)

@@ -7,7 +7,7 @@ Untyped, because numba compiles each function per argument types; shapes are tho
 import numpy as np
 from numba import njit, prange
 
-from server.kernels.cpu_elements import FASTMATH, INNER, power, store, widen
+from server.kernels.cpu_elements import FASTMATH, INNER, all_finite, power, store, widen
 from server.kernels.cpu_tiles import dot, load_key
 
 
@@ -65,7 +65,7 @@ def measure(queries, seen, count, pages, table, kv, keys, numbers, found, weigh)
 
 
 @njit(inline="always")
-def _neutral(factors, pools):
+def neutral(factors, pools):
     """Whether every pool and the rest keep what they have, and weights add nothing."""
     rest = factors.shape[0] - 1
     for column in range(rest + 1):
@@ -85,17 +85,15 @@ def combine_serial(task, tasks, output, token, heads, value, factors, pools, fin
 def _combine_rows(task, tasks, output, token, heads, value, factors, pools, finite, x):
     for r in range(task, token.shape[0], tasks):
         for h in range(output.shape[1]):
-            if not heads[r, h] or _neutral(factors[r, h], pools):
+            if not heads[r, h] or neutral(factors[r, h], pools):
                 continue
-            row, check = output[token[r], h], np.float32(0)
+            row = output[token[r], h]
             for d in range(row.shape[0]):
                 x[d] = np.float32(0) if value.shape[2] else factors[r, h, 0] * widen(row[d])
             for column in range(value.shape[2]):
                 for d in range(row.shape[0]):
                     x[d] += factors[r, h, column] * value[r, h, column, d]
-            for d in range(row.shape[0]):
-                check += x[d] * np.float32(0)
-            if check == 0:
+            if all_finite(x):
                 store(row, x)
             else:
                 finite[r] = False

@@ -203,11 +203,15 @@ def _prefetch(
     beyond = builder.icmp_signed(">=", place, matrix.size)
     data = builder.select(beyond, matrix.following, matrix.data)
     place = builder.select(beyond, builder.sub(place, matrix.size), place)
-    byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-    call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     for row in range(count):
         first = builder.add(place, builder.mul(I64(row), matrix.columns))
         for line in range(0, width * LANES, CACHE_LINE // size):
-            pointer = builder.gep(data, [builder.add(first, I64(line))])
-            builder.call(call, [builder.bitcast(pointer, byte), I32(0), I32(3), I32(1)])
+            ask(builder, builder.gep(data, [builder.add(first, I64(line))]))
+
+
+def ask(builder: Any, pointer: Any) -> None:
+    """Have what lies there brought near."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(call, [builder.bitcast(pointer, byte), I32(0), I32(3), I32(1)])

@@ -7,7 +7,7 @@ Untyped, because numba compiles each function per argument types; shapes are tho
 import numpy as np
 from numba import njit, prange
 
-from server.kernels.cpu_elements import FASTMATH, INNER, power, store, widen
+from server.kernels.cpu_elements import FASTMATH, INNER, all_finite, power, store, widen
 from server.kernels.cpu_fold import fold_pages, log_sum_exp, unpacked_page
 from server.kernels.cpu_pools import found_in, measure
 from server.kernels.cpu_tiles import buffer_for, chosen_heads, load, seen_by
@@ -24,14 +24,6 @@ def _lerp(factor, mass):
     if mass < np.float32(0.5):
         return np.float32(1) + mass * (factor - np.float32(1))
     return factor - (factor - np.float32(1)) * (np.float32(1) - mass)
-
-
-@njit(inline="always")
-def _finite(x):
-    check = np.float32(0)
-    for d in range(x.shape[0]):
-        check += x[d] * np.float32(0)
-    return check == 0
 
 
 @njit(inline="always")
@@ -61,7 +53,7 @@ def _correct(tile, chosen, found, factor, output, done):
             after[r, h] += _corrected(row, mass[i], factor[h], value[i], x)
             before[r, h] += mass[i]
             written[r, h] += 1
-            if _finite(x):
+            if all_finite(x):
                 store(row, x)
             else:
                 finite[r] = False
@@ -105,7 +97,7 @@ def _compute(tile, chosen, found, seen, sinks, selected, factor, output, done):
             store(output[token[r], h], x)
             if not selected[h] or mass[i] == 0:
                 continue
-            if not _finite(x):
+            if not all_finite(x):
                 finite[r] = False
             f, m = factor[h], mass[i]
             after[r, h] += m

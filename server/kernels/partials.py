@@ -108,6 +108,16 @@ class RowMap:
     tiles: Tensor
 
     @cached_property
+    def single(self) -> bool:
+        """Whether every tile is one row, as where all generate."""
+        return len(self.tiles) == len(self.token) + 1
+
+    @cached_property
+    def last(self) -> int:
+        """The highest position."""
+        return int(self.position.max())
+
+    @cached_property
     def arrays(self) -> tuple[Array, ...]:
         """The fields in order, as views for the CPU."""
         fields = (self.token, self.request, self.slot, self.position, self.tiles)
@@ -185,6 +195,17 @@ class PoolTable:
         """Number of pools of every set."""
         return self.listed.pools
 
+    @property
+    def columns(self) -> int:
+        """Number of columns of `Partials`."""
+        return self.pools * (1 if self.weights is None else 2) + 1
+
+    @cached_property
+    def pooled(self) -> float:
+        """Keys of a set, on average, whether anything sees them or not."""
+        spans = (self.spans[..., 1] - self.spans[..., 0]).clamp(min=0).sum()
+        return (len(self.listed.keys) + int(spans)) / max(len(self.spans), 1)
+
     @cached_property
     def narrowed(self) -> bool:
         """Whether any pool has a threshold."""
@@ -222,8 +243,7 @@ class Partials:
     @classmethod
     def empty(cls, pools: PoolMap | PoolTable, rows: int, query_heads: int, dim: int) -> Partials:
         """Room for what is to be measured of `pools`."""
-        weighted = isinstance(pools, PoolTable) and pools.weights is not None
-        columns = pools.pools * (2 if weighted else 1) + 1
+        columns = pools.columns if isinstance(pools, PoolTable) else pools.pools + 1
         mass = torch.ones(rows, query_heads, columns)
         values = columns if pools.pools else 0
         return cls(pools.pools, mass, torch.empty(rows, query_heads, values, dim))

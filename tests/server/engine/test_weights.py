@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from calibrators import reference
 from calibrators.interface import LayerPlan, Pool
 from server.engine.pools import LayerPools, stacked
 from server.kernels import cpu
-from tests.server.kernels.paging import Problem, attention
+from tests.server.kernels.paging import WAYS, Problem, measured, values
 from tests.server.kernels.test_properties import EPS, problems, weight_rounding
 
 POOLS = 2
@@ -73,7 +74,7 @@ def weighted(draw) -> Weighted:
 
 
 def within(
-    measured: torch.Tensor,
+    found: torch.Tensor,
     rough: torch.Tensor,
     exact: torch.Tensor,
     most: float,
@@ -81,7 +82,7 @@ def within(
 ) -> bool:
     """Twice the error of an independent float32 run, plus rounding of terms as large as `most`."""
     budget = 2 * (rough.double() - exact).abs().max().item() + 32 * EPS * max(1.0, most) + rounding
-    return (measured.double() - exact).abs().max().item() <= budget
+    return (found.double() - exact).abs().max().item() <= budget
 
 
 def partials(made: Weighted, request: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -100,21 +101,23 @@ def largest(made: Weighted, *, weighted: bool = True) -> float:
     return weight * max(1.0, *(value.abs().max().item() for value in made.case.values))
 
 
+@pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=80)
-@given(weighted())
-def test_partials_match_the_reference(made):
+@given(made=weighted())
+def test_partials_match_the_reference(way, made):
     pools = made.stacked()
     heads = torch.ones(len(made.plans), made.query_heads, dtype=torch.bool)
-    got = attention(made.case, heads).pool_partials(pools)
+    got = measured(made.case, heads, pools, way)
+    value = values(made.case, got)
     some = any(pool.weights is not None for plan in made.plans for pool in plan.pools)
     columns = 2 * POOLS if some else POOLS
-    assert (got.pools, got.mass.shape[2], got.value.shape[2]) == (POOLS, columns + 1, columns + 1)
+    assert (got.pools, got.mass.shape[2], value.shape[2]) == (POOLS, columns + 1, columns + 1)
     requests = range(len(made.plans))
     rough, exact = (
         [torch.cat(parts) for parts in zip(*(partials(made, r, t) for r in requests), strict=True)]
         for t in (torch.float32, torch.float64)
     )
-    for found, near, true in zip((got.mass, got.value), rough, exact, strict=True):
+    for found, near, true in zip((got.mass, value), rough, exact, strict=True):
         for at in (slice(POOLS), slice(POOLS, columns)):
             most = largest(made, weighted=at.start is not None)
             if at.start != columns:
@@ -139,9 +142,10 @@ def rewritten(made: Weighted, dtype: torch.dtype, c: torch.Tensor, rest: torch.T
     return torch.cat(outputs)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=60)
-@given(weighted(), st.data())
-def test_recombined_rows_match_the_reference(made, data):
+@given(made=weighted(), data=st.data())
+def test_recombined_rows_match_the_reference(way, made, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
     count, heads, _ = made.case.query.shape
     c = 2 * torch.rand(count, heads, 2 * POOLS, generator=generator)
@@ -156,8 +160,9 @@ def test_recombined_rows_match_the_reference(made, data):
         ]
     )
     output = stock.float()
-    got = attention(made.case, selected).pool_partials(made.stacked())
-    assert got.mass[~touched].count_nonzero() == got.value[~touched].count_nonzero() == 0
+    got = measured(made.case, selected, made.stacked(), way)
+    assert got.mass[~touched].count_nonzero() == 0
+    assert values(made.case, got)[~touched].count_nonzero() == 0
     factors = torch.cat([c[..., : got.mass.shape[2] - 1], rest[..., None]], -1)
     assert cpu.combine(output, made.case.rows, touched, got, factors).all()
 

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from calibrators import reference
 from server.kernels import cpu
-from server.kernels.partials import AttentionGeometry, PagedCache, RowMap
+from server.kernels.partials import (
+    AttentionGeometry,
+    PagedCache,
+    Partials,
+    PoolMap,
+    PoolTable,
+    RowMap,
+)
 
 
 @dataclass
@@ -44,6 +51,31 @@ class Problem:
 def attention(case: Problem, heads: Tensor) -> cpu.Attention:
     """What the CPU kernels read of a problem."""
     return cpu.Attention(case.query, case.cache, case.rows, heads, case.geometry)
+
+
+# The two ways of the CPU kernels to measure pools.
+WAYS = ("divided", "kept")
+
+
+def measured(case: Problem, heads: Tensor, pools: PoolMap | PoolTable, way: str) -> Partials:
+    """Partials of a problem in a way of `WAYS`."""
+    found: Partials = getattr(attention(case, heads), way)(pools)
+    return found
+
+
+def values(case: Problem, found: Partials) -> Tensor:
+    """Value sums by column; where none were made, from combinations that keep a column each."""
+    if not isinstance(found, cpu.Kept):
+        return found.value
+    touched = torch.ones(found.mass.shape[:2], dtype=torch.bool)
+    columns = []
+    for column in range(found.mass.shape[2]):
+        factors = torch.zeros_like(found.mass)
+        factors[..., column] = 1
+        output = torch.zeros(case.query.shape)
+        assert cpu.combine(output, case.rows, touched, found, factors).all()
+        columns.append(output)
+    return torch.stack(columns, 2)
 
 
 def row_map(spans: list[int], lengths: list[int], tile: int) -> RowMap:

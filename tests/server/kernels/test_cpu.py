@@ -10,7 +10,7 @@ import torch
 from calibrators import reference
 from server.kernels import cpu
 from server.kernels.partials import Changes, PoolMap
-from tests.server.kernels.paging import Problem, attention, problem
+from tests.server.kernels.paging import WAYS, Problem, attention, measured, problem, values
 
 SHAPES = [
     ([1], [1]),
@@ -50,10 +50,11 @@ def expected(case: Problem, dtype: torch.dtype, gamma: float) -> tuple[torch.Ten
 @pytest.mark.parametrize(("lengths", "spans"), SHAPES)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_zerotuning_matches_the_dense_equation(lengths, spans, geometry, dtype):
+@pytest.mark.parametrize("way", WAYS)
+def test_zerotuning_matches_the_dense_equation(lengths, spans, geometry, dtype, way):
     case = problem(lengths, spans, dtype=dtype, **geometry)
     heads = torch.ones(len(lengths), 6, dtype=torch.bool)
-    partials = attention(case, heads).pool_partials(key_zero(len(lengths)))
+    partials = measured(case, heads, key_zero(len(lengths)), way)
     stock, truth, mass = expected(case, torch.float64, 0.3)
     torch.testing.assert_close(partials.mass[..., 0].double(), mass, atol=2e-6, rtol=2e-5)
 
@@ -68,11 +69,12 @@ def test_zerotuning_matches_the_dense_equation(lengths, spans, geometry, dtype):
     assert (output.double() - truth).abs().max().item() <= 2 * budget + 1e-6
 
 
-def test_unselected_heads_keep_every_bit():
+@pytest.mark.parametrize("way", WAYS)
+def test_unselected_heads_keep_every_bit(way):
     case = problem([40, 50], [40, 1], dtype=torch.bfloat16)
     heads = torch.zeros(2, 6, dtype=torch.bool)
     heads[0, 4] = True
-    partials = attention(case, heads).pool_partials(key_zero(2))
+    partials = measured(case, heads, key_zero(2), way)
     assert partials.mass[:, [0, 1, 2, 3, 5]].count_nonzero() == 0
     output = torch.randn(41, 6, 32).to(torch.bfloat16)
     before = output.clone()
@@ -84,21 +86,24 @@ def test_unselected_heads_keep_every_bit():
     assert not changed[:, [0, 1, 2, 3, 5]].any()
 
 
-def test_a_window_that_hides_the_key_leaves_no_mass():
+@pytest.mark.parametrize("way", WAYS)
+def test_a_window_that_hides_the_key_leaves_no_mass(way):
     case = problem([64], [64], window=16)
     heads = torch.ones(1, 6, dtype=torch.bool)
-    partials = attention(case, heads).pool_partials(key_zero(1))
+    partials = measured(case, heads, key_zero(1), way)
     assert partials.mass[:16, :, 0].min() > 0
     assert partials.mass[16:, :, 0].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("span", [1, 33])
-def test_pools_of_many_keys(span):
+@pytest.mark.parametrize("way", WAYS)
+def test_pools_of_many_keys(span, way):
     case = problem([120], [span], kv_heads=3)
     keys = torch.tensor([0, 3, 31, 32, 90, 119], dtype=torch.int32)
     pools = PoolMap(keys, torch.tensor([[0, 2, 2, 6]], dtype=torch.int32))
     heads = torch.ones(1, 6, dtype=torch.bool)
-    partials = attention(case, heads).pool_partials(pools)
+    partials = measured(case, heads, pools, way)
+    value = values(case, partials)
     p, _ = case.dense(0)
     groups = [[0, 3], [], [31, 32, 90, 119]]
     for g, members in enumerate(groups):
@@ -108,7 +113,7 @@ def test_pools_of_many_keys(span):
             partials.mass[..., g].double(), pooled.sum(-1), atol=2e-6, rtol=2e-5
         )
         torch.testing.assert_close(
-            partials.value[:, :, g].double(),
+            value[:, :, g].double(),
             reference.attend(pooled, case.values[0].double()),
             atol=5e-6,
             rtol=2e-5,
@@ -116,14 +121,15 @@ def test_pools_of_many_keys(span):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_rest_keeps_its_digits_where_pools_have_nearly_everything(dtype):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_rest_keeps_its_digits_where_pools_have_nearly_everything(dtype, way):
     """Logits far apart, and for every row its own largest key in the pool."""
     case = problem([150, 60], [150, 1], dtype=dtype)
     case = replace(case, query=case.query * 16)
     tops, rows = [case.dense(r)[0].argmax(-1).unique().int() for r in (0, 1)], slice(0, 150)
     offsets = torch.tensor([[0, len(tops[0])], [len(tops[0]), len(tops[0]) + len(tops[1])]])
     pools = PoolMap(torch.cat(tops), offsets.int())
-    found = attention(case, torch.ones(2, 6, dtype=torch.bool)).pool_partials(pools)
+    found = measured(case, torch.ones(2, 6, dtype=torch.bool), pools, way)
 
     p = case.dense(0)[0]
     p[..., tops[0].long()] = 0
@@ -135,9 +141,9 @@ def test_the_rest_keeps_its_digits_where_pools_have_nearly_everything(dtype):
     assert relative.max() < 1e-4
     weights = p / exact[..., None]
     mean, spread = reference.attend(weights, value), reference.attend(weights, value.abs())
-    measured = found.value[rows, :, 1] / exact[..., None]
+    got = values(case, found)[rows, :, 1] / exact[..., None]
     budget = (torch.finfo(dtype).eps / 2 + 1e-4) * spread
-    assert ((measured - mean).abs() <= budget)[some].all()
+    assert ((got - mean).abs() <= budget)[some].all()
 
 
 # Where value sums are in `results`.
@@ -148,15 +154,16 @@ def results(case: Problem) -> list[torch.Tensor]:
     """What every kernel makes of a problem."""
     heads = torch.ones(len(case.keys), 6, dtype=torch.bool)
     pools = key_zero(len(case.keys))
-    measured = attention(case, heads)
-    partials = measured.pool_partials(pools)
+    kernels = attention(case, heads)
+    partials, kept = kernels.divided(pools), kernels.kept(pools)
     rescaled, combined = torch.ones_like(case.query), torch.ones_like(case.query)
     computed = torch.arange(len(case.keys)) % 2 == 0
     changes = Changes.none(case.query.shape[0], 6)
-    measured.rescale(rescaled, pools, torch.full((len(case.keys), 6), 0.5), computed, changes)
+    kernels.rescale(rescaled, pools, torch.full((len(case.keys), 6), 0.5), computed, changes)
     every = torch.ones(partials.mass.shape[:2], dtype=torch.bool)
     finite = cpu.combine(combined, case.rows, every, partials, partials.mass)
-    found = [measured.log_sum_exp, partials.mass, partials.value, rescaled, combined, finite]
+    found = [kernels.log_sum_exp, partials.mass, partials.value, rescaled, combined, finite]
+    found += [kept.mass, values(case, kept)]
     return [*found, changes.count, changes.before, changes.after, changes.finite]
 
 
@@ -211,3 +218,65 @@ def test_a_factor_out_of_range_leaves_computed_attention_as_it_is():
         attention(case, heads).rescale(output, key_zero(1), factors, computed, changes)
     assert not changes.finite.any()
     assert torch.equal(rewritten, plain)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("where", ["query", "value"])
+def test_a_row_that_is_not_finite_keeps_its_stock_output(way, where):
+    case = problem([40, 50], [1, 1])
+    if where == "query":
+        case.query[1, 2] = float("nan")
+    else:
+        # Key 3 of the second request, which lies there value by value.
+        page = case.cache.pages[case.cache.block_table[1, 0], 0, 1].view(32, 32)
+        page[3] = float("inf")
+    heads, output = torch.ones(2, 6, dtype=torch.bool), torch.ones_like(case.query)
+    partials = measured(case, heads, key_zero(2), way)
+    halves = torch.full((2, 6, 2), 0.5)
+    assert cpu.combine(output, case.rows, heads, partials, halves).tolist() == [True, False]
+    bad = [2] if where == "query" else [0, 1, 2]
+    assert torch.equal(output[1, bad], torch.ones(len(bad), 32))
+    good = [h for h in range(6) if h not in bad]
+    assert (output[0] != 1).any(-1).all() and (output[1, good] != 1).any(-1).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_of_a_row_is_a_number_where_a_logit_is_not(way):
+    """Empty pools too: a calibrator must not take them for nothing and pass the row over."""
+    case = problem([40], [1])
+    case.query[0, 2, 5] = float("nan")
+    pools = PoolMap(torch.zeros(1, dtype=torch.int32), torch.tensor([[0, 0, 1]]).int())
+    mass = measured(case, torch.ones(1, 6, dtype=torch.bool), pools, way).mass
+    assert mass[0, 2].isnan().all()
+    assert mass[0, [0, 1, 3, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_factors_that_change_nothing_keep_every_bit(way):
+    case = problem([40, 50], [1, 1])
+    heads, output = torch.ones(2, 6, dtype=torch.bool), torch.randn(2, 6, 32)
+    before, factors = output.clone(), torch.ones(2, 6, 2)
+    factors[0, 1] = factors[1, 4] = 0.5
+    partials = measured(case, heads, key_zero(2), way)
+    assert cpu.combine(output, case.rows, heads, partials, factors).all()
+    changed = (output != before).any(-1)
+    assert changed.nonzero().tolist() == [[0, 1], [1, 4]]
+
+
+def test_values_are_left_to_combine_where_rows_are_single_and_few_or_pooled_keys_are_read(
+    monkeypatch,
+):
+    def kept(case: Problem, pool: list[int]) -> bool:
+        keys = torch.tensor(pool, dtype=torch.int32)
+        pools = PoolMap(keys, torch.tensor([[0, len(pool)]], dtype=torch.int32))
+        found = attention(case, torch.ones(1, 6, dtype=torch.bool)).pool_partials(pools)
+        return isinstance(found, cpu.Kept)
+
+    assert kept(problem([512], [1]), [0])
+    assert not kept(problem([513], [1]), [0])
+    assert not kept(problem([512], [2]), [0])
+    assert kept(problem([512], [2], tile=1), [0])
+    assert kept(problem([2000], [1]), list(range(600)))
+    assert kept(problem([2000], [1], window=400), [0])
+    monkeypatch.setattr(cpu, "MOST_KEPT", 6 * 512 * 4 - 1)
+    assert not kept(problem([512], [1]), [0])

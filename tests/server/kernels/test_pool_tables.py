@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibrators import reference
 from server.kernels.partials import Partials, PoolTable
-from tests.server.kernels.paging import Problem, attention
+from tests.server.kernels.paging import WAYS, Problem, measured, values
 from tests.server.kernels.test_properties import EPS, pool_map, problems, weight_rounding
 
 EVERY = (-1.0, 0.0)
@@ -76,12 +77,14 @@ def member(case: Problem, described: list, table: PoolTable, request: int, pool:
     return inside, bound
 
 
+@pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=80)
-@given(tables())
-def test_tables_match_the_reference(drawn):
+@given(drawn=tables())
+def test_tables_match_the_reference(way, drawn):
     case, _, table = drawn
     heads = torch.ones(len(case.keys), case.query.shape[1], dtype=torch.bool)
-    got = attention(case, heads).pool_partials(table)
+    got = measured(case, heads, table, way)
+    got = Partials(got.pools, got.mass, values(case, got))
     assert_matches(got, drawn, pools_rounding=0)
 
 
