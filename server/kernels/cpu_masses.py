@@ -17,7 +17,6 @@ from numba import njit, prange
 from server.kernels.cpu_elements import FASTMATH, INNER, power
 from server.kernels.cpu_keys import mark
 from server.kernels.cpu_llvm import LANES
-from server.kernels.cpu_pools import shape
 from server.kernels.cpu_stretch import ask_for, highest, score_many
 from server.kernels.cpu_tiles import buffer_for, chosen_heads, load, seen_by
 from server.kernels.cpu_vector import LOWEST, QUERIES
@@ -100,6 +99,14 @@ def _ask_for_next(index, rows, heads, pages, block_table, window, block):
 
 
 @njit(inline="always")
+def _capped(x, cap):
+    """`cap * tanh(x / cap)`, which vectorises, as `np.tanh` does not."""
+    e = power(np.float32(-2.8853900817779268) * abs(x) / cap)  # 2 log2(e)
+    most = cap * (np.float32(1) - e) / (np.float32(1) + e)
+    return most if x > 0 else -most
+
+
+@njit(inline="always")
 def _shape(x, start, i, seen, numbers):
     """Logits of a page from products, those of hidden keys the lowest, up to a whole vector."""
     (scale, cap, _), positions, first, slopes = numbers, seen[2], seen[3], seen[4]
@@ -107,7 +114,7 @@ def _shape(x, start, i, seen, numbers):
     slope, before = slopes[i], np.float32(start - positions[i])
     if cap > 0:
         for j in range(count):
-            x[j] = shape(x[j] * scale, cap, slope, before + np.float32(j))
+            x[j] = _capped(x[j] * scale, cap) + slope * (before + np.float32(j))
     else:
         for j in range(count):
             x[j] = x[j] * scale + slope * (before + np.float32(j))
