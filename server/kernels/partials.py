@@ -112,10 +112,10 @@ class RowMap:
         """Whether every tile is one row, as where all generate."""
         return len(self.tiles) == len(self.token) + 1
 
-    @cached_property
+    @property
     def last(self) -> int:
-        """The highest position."""
-        return int(self.position.max())
+        """The highest position; rows of a run move on."""
+        return int(self.arrays[3].max())
 
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
