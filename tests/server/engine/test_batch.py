@@ -107,3 +107,10 @@ def test_types_of_the_row_map():
     names = ("token", "request", "slot", "position", "tiles")
     types = [str(getattr(rows, name).dtype).removeprefix("torch.") for name in names]
     assert types == ["int64", "int32", "int32", "int32", "int32"]
+
+
+def test_what_is_known_of_rows_moves_on_with_them(add):
+    rows = row_map([Member(add("a", 20), 0, 0, 20, 21), Member(add("b", 9), 1, 1, 12, 13)])
+    assert rows.last == 20
+    rows.arrays[3][:] += 1
+    assert rows.last == 21
