@@ -46,9 +46,6 @@ _BITS = {torch.float32: None, torch.bfloat16: torch.uint16, torch.float16: torch
 
 # Bytes of probabilities that may be kept from masses to values.
 MOST_KEPT = 32 << 20
-# So many keys of a row, and any number of which pools have a share like this, are read quicker in
-# two passes; else one is, since it multiplies while it waits for memory.
-FEW, SHARE = 512, 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +154,11 @@ class Attention:
     def pool_partials(self, pools: PoolMap | PoolTable) -> Partials:
         """Mass and value sum of each pool and of the rest, zero on heads that are not selected.
 
-        In the quicker of two ways.
+        Rows that share their keys are divided in one pass; others in two, which reads few values.
         """
         table = self._of_heads(pools)
-        keys = self._kept_shape()[2] * self._block
         fits = 4 * math.prod(self._kept_shape()) <= MOST_KEPT and self._map.single
-        pays = table.pools > 0 and (keys <= FEW or table.pooled >= SHARE * keys)
-        return self.kept(table) if fits and pays else self.divided(table)
+        return self.kept(table) if fits and table.pools else self.divided(table)
 
     def divided(self, pools: PoolMap | PoolTable) -> Partials:
         """Masses and value sums, whatever the rows."""

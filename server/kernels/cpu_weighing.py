@@ -1,5 +1,8 @@
 """Values summed by probabilities that a calibrator changed, compiled: after `cpu_masses`.
 
+Where pools have few keys, only their values are read, and the rest is what the stock output has of
+it. That output was rounded, so this is done only where little of it cancels.
+
 Untyped, because numba compiles each function per argument types; shapes are those of
 `server.kernels.partials`.
 """
@@ -7,12 +10,17 @@ Untyped, because numba compiles each function per argument types; shapes are tho
 import numpy as np
 from numba import njit, prange
 
-from server.kernels.cpu_elements import FASTMATH, INNER, all_finite, store
+from server.kernels.cpu_elements import FASTMATH, INNER, all_finite, store, widen
 from server.kernels.cpu_keys import mark
 from server.kernels.cpu_masses import first_page, length, narrow, own_set, owners_of
 from server.kernels.cpu_pools import neutral
 from server.kernels.cpu_stretch import MOST, add_values, ask_for
 from server.kernels.cpu_tiles import chosen_heads
+
+# Pools have few keys where a row sees so many times more.
+FEWER = 4
+# What is left of a stock output's size at least, where it is corrected: one bit of its digits less.
+KEPT = np.float32(0.5)
 
 
 @njit(inline="always")
@@ -24,6 +32,73 @@ def _changed(touched, factors, chosen, pools, live):
             live[count] = c
             count += 1
     return count
+
+
+@njit(inline="always")
+def _visible(position, window):
+    """How many keys a row sees."""
+    return min(position + 1, window) if window > 0 else position + 1
+
+
+@njit(inline="always")
+def _few(offsets, spans, n, seen):
+    """Whether pools have few of so many keys that a row sees."""
+    pools = spans.shape[1]
+    count = offsets[n, pools] - offsets[n, 0]
+    for g in range(pools):
+        count += max(spans[n, g, 1] - spans[n, g, 0], 0)
+    return FEWER * count <= seen
+
+
+@njit(inline="always")
+def _highest(x):
+    """The largest absolute value."""
+    top = np.float32(0)
+    for d in range(x.shape[0]):
+        top = max(top, abs(x[d]))
+    return top
+
+
+@njit(inline="always")
+def _add_key(p, key, weight, values, place, least, x):
+    """Add the value of a key, if its probability is above `least`; `place` as of `_add_values`."""
+    pages, table, kv, first = values
+    block = p.shape[2]
+    j = key % block
+    probability = p[key // block - first, place, j]
+    if probability <= least:
+        return
+    value = pages[table[key // block], kv, 1].reshape(block, -1)[j]
+    for d in range(x.shape[0]):
+        x[d] += weight * probability * widen(value[d])
+
+
+@njit(inline="always")
+def _correct(row, p, place, values, pools, n, position, window, factors, x):
+    """Change a row of the stock output by what pools get more, or less, than the rest does.
+
+    Into `x`; whether it is as exact as a sum of all values would be.
+    """
+    keys, offsets, weights, spans, above = pools[:5]
+    width, rest = spans.shape[1], factors[factors.shape[0] - 1]
+    for d in range(x.shape[0]):
+        x[d] = rest * widen(row[d])
+    before = _highest(x)
+    low = max(position - window + 1, 0) if window > 0 else 0
+    for g in range(width):
+        more = factors[g] - rest
+        least = np.float32(-1)
+        if above[n, g, 0] >= 0:
+            least = above[n, g, 0] + above[n, g, 1] / np.float32(position + 1)
+        for key in range(max(spans[n, g, 0], low), min(spans[n, g, 1], position + 1)):
+            _add_key(p, key, more, values, place, least, x)
+        listed = keys[offsets[n, g] : offsets[n, g + 1]]
+        for e in range(np.searchsorted(listed, low), np.searchsorted(listed, position + 1)):
+            weight = more
+            if weights.shape[0]:
+                weight += factors[width + g] * weights[offsets[n, g] + e]
+            _add_key(p, np.int64(listed[e]), weight, values, place, least, x)
+    return all_finite(x) and _highest(x) >= KEPT * before
 
 
 @njit(inline="always")
@@ -100,9 +175,24 @@ def _combine_rows(task, tasks, of, pages, block_table, given, kept, output, fini
         if live.shape[0] == 0:
             continue
         first = first_page(position[r], window, block)
-        ask_for(pages[block_table[request[r], first], kv, 1])
-        size = position[r] // block + 1 - first
+        left, values = 0, (pages, block_table[request[r]], kv, first)
         for i in range(live.shape[0]):
+            h = chosen[live[i]]
+            n = own_set(sets, prompts, slot[r], position[r], h)
+            row, found = output[token[r], h], kept[r, kv]
+            if _few(offsets, spans, n, _visible(position[r], window)) and _correct(
+                row, found, live[i], values, pools, n, position[r], window, factors[r, h], sums[0]
+            ):
+                store(row, sums[0])
+            else:
+                live[left] = live[i]
+                left += 1
+        if left == 0:
+            continue
+        size = position[r] // block + 1 - first
+        ask_for(pages[block_table[request[r], first], kv, 1])
+        live = places[:left]
+        for i in range(left):
             h = chosen[live[i]]
             n = own_set(sets, prompts, slot[r], position[r], h)
             if marked != (r, n):
@@ -114,8 +204,8 @@ def _combine_rows(task, tasks, of, pages, block_table, given, kept, output, fini
                 who = narrow(p, count, owners[at], above[n], position[r], own)
                 _weigh(p, count, who, weights[at], width, factors[r, h], changed[page, i])
         place, table = (first, position[r]), block_table[request[r]]
-        _add_values(changed, live.shape[0], pages, table, kv, place, sums)
-        for i in range(live.shape[0]):
+        _add_values(changed, left, pages, table, kv, place, sums)
+        for i in range(left):
             if all_finite(sums[i]):
                 store(output[token[r], chosen[live[i]]], sums[i])
             else:

@@ -201,12 +201,6 @@ class PoolTable:
         return self.pools * (1 if self.weights is None else 2) + 1
 
     @cached_property
-    def pooled(self) -> float:
-        """Keys of a set, on average, whether anything sees them or not."""
-        spans = (self.spans[..., 1] - self.spans[..., 0]).clamp(min=0).sum()
-        return (len(self.listed.keys) + int(spans)) / max(len(self.spans), 1)
-
-    @cached_property
     def narrowed(self) -> bool:
         """Whether any pool has a threshold."""
         return bool((self.above[..., 0] >= 0).any())

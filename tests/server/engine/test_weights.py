@@ -15,7 +15,7 @@ from calibrators import reference
 from calibrators.interface import LayerPlan, Pool
 from server.engine.pools import LayerPools, stacked
 from server.kernels import cpu
-from tests.server.kernels.paging import WAYS, Problem, measured, values
+from tests.server.kernels.paging import WAYS, Problem, measured, stock, values
 from tests.server.kernels.test_properties import EPS, problems, weight_rounding
 
 POOLS = 2
@@ -153,20 +153,15 @@ def test_recombined_rows_match_the_reference(way, made, data):
     selected = torch.rand(len(made.plans), heads, generator=generator) < 0.8
     touched = selected[made.case.rows.slot.long()]
 
-    stock = torch.cat(
-        [
-            reference.attend(made.case.dense(r)[0], value.double())
-            for r, value in enumerate(made.case.values)
-        ]
-    )
-    output = stock.float()
+    plain = stock(made.case).float()
+    output = plain.clone()
     got = measured(made.case, selected, made.stacked(), way)
     assert got.mass[~touched].count_nonzero() == 0
     assert values(made.case, got)[~touched].count_nonzero() == 0
     factors = torch.cat([c[..., : got.mass.shape[2] - 1], rest[..., None]], -1)
     assert cpu.combine(output, made.case.rows, touched, got, factors).all()
 
-    assert torch.equal(output[~touched], stock.float()[~touched])
+    assert torch.equal(output[~touched], plain[~touched])
     if touched.any():
         rough, exact = (rewritten(made, t, c, rest) for t in (torch.float32, torch.float64))
         rounding = rest.max().item() * weight_rounding(made.case)

@@ -10,7 +10,7 @@ import torch
 from calibrators import reference
 from server.kernels import cpu
 from server.kernels.partials import Changes, PoolMap
-from tests.server.kernels.paging import WAYS, Problem, attention, measured, problem, values
+from tests.server.kernels.paging import WAYS, Problem, attention, measured, problem, stock, values
 
 SHAPES = [
     ([1], [1]),
@@ -230,14 +230,17 @@ def test_a_row_that_is_not_finite_keeps_its_stock_output(way, where):
         # Key 3 of the second request, which lies there value by value.
         page = case.cache.pages[case.cache.block_table[1, 0], 0, 1].view(32, 32)
         page[3] = float("inf")
-    heads, output = torch.ones(2, 6, dtype=torch.bool), torch.ones_like(case.query)
+    bad = [2] if where == "query" else [0, 1, 2]
+    heads, output = torch.ones(2, 6, dtype=torch.bool), stock(case).float()
+    output[1, bad] = float("nan")
+    before = output.clone()
     partials = measured(case, heads, key_zero(2), way)
     halves = torch.full((2, 6, 2), 0.5)
     assert cpu.combine(output, case.rows, heads, partials, halves).tolist() == [True, False]
-    bad = [2] if where == "query" else [0, 1, 2]
-    assert torch.equal(output[1, bad], torch.ones(len(bad), 32))
     good = [h for h in range(6) if h not in bad]
-    assert (output[0] != 1).any(-1).all() and (output[1, good] != 1).any(-1).all()
+    assert torch.isnan(output[1, bad]).all()
+    assert (output[0] != before[0]).any(-1).all()
+    assert (output[1, good] != before[1, good]).any(-1).all()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -263,20 +266,44 @@ def test_factors_that_change_nothing_keep_every_bit(way):
     assert changed.nonzero().tolist() == [[0, 1], [1, 4]]
 
 
-def test_values_are_left_to_combine_where_rows_are_single_and_few_or_pooled_keys_are_read(
-    monkeypatch,
-):
-    def kept(case: Problem, pool: list[int]) -> bool:
-        keys = torch.tensor(pool, dtype=torch.int32)
-        pools = PoolMap(keys, torch.tensor([[0, len(pool)]], dtype=torch.int32))
+def test_values_are_left_to_combine_where_rows_are_single(monkeypatch):
+    def kept(case: Problem, pools: PoolMap) -> bool:
         found = attention(case, torch.ones(1, 6, dtype=torch.bool)).pool_partials(pools)
         return isinstance(found, cpu.Kept)
 
-    assert kept(problem([512], [1]), [0])
-    assert not kept(problem([513], [1]), [0])
-    assert not kept(problem([512], [2]), [0])
-    assert kept(problem([512], [2], tile=1), [0])
-    assert kept(problem([2000], [1]), list(range(600)))
-    assert kept(problem([2000], [1], window=400), [0])
+    none = PoolMap(torch.empty(0, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32))
+    assert kept(problem([512], [1]), key_zero(1))
+    assert kept(problem([512], [2], tile=1), key_zero(1))
+    assert not kept(problem([512], [2]), key_zero(1))
+    assert not kept(problem([512], [1]), none)
     monkeypatch.setattr(cpu, "MOST_KEPT", 6 * 512 * 4 - 1)
-    assert not kept(problem([512], [1]), [0])
+    assert not kept(problem([512], [1]), key_zero(1))
+    assert kept(problem([512], [1], window=400), key_zero(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_the_stock_output_is_corrected_only_where_little_of_it_goes(dtype, share):
+    """Key 0 is taken away from rows that it is such a share of."""
+    case = problem([60, 60], [1, 1], dtype=dtype, kv_heads=6)
+    changed = []
+    for request, values_of in enumerate(case.values):
+        p = case.dense(request)[0]
+        rest = reference.attend(p[..., 1:], values_of[1:].double())[0].norm(dim=-1)
+        size = rest * share / (1 - share) / p[0, :, 0]
+        value = values_of[0].double()
+        values_of[0] = (value * (size / value.norm(dim=-1))[:, None]).to(dtype)
+        page = case.cache.pages[case.cache.block_table[request, 0], :, 1]
+        page.view(6, 32, 32)[:, 0] = values_of[0]
+        factors = torch.full_like(p, 1.1)
+        factors[..., 0] = 1e-3
+        changed.append(reference.attend(p * factors, values_of.double()))
+    truth, heads = torch.cat(changed), torch.ones(2, 6, dtype=torch.bool)
+    partials = measured(case, heads, key_zero(2), "kept")
+    factors = torch.tensor([1e-3, 1.1]).expand(2, 6, 2).contiguous()
+    output, other = stock(case).to(dtype), (stock(case) * 1.05).to(dtype)
+    for each in (output, other):
+        assert cpu.combine(each, case.rows, heads, partials, factors).all()
+    size = truth.abs().amax(-1, keepdim=True)
+    assert ((output.double() - truth).abs() <= 3 * torch.finfo(dtype).eps * size + 1e-6).all()
+    assert (output != other).any(-1).all() if share < 0.5 else torch.equal(output, other)
