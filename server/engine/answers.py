@@ -7,10 +7,10 @@ operations takes several times as long as the attention kernels of a small batch
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -108,8 +108,11 @@ class Answers:
         self._direct = in_order(rows, stack)
         self._traces = gather is None and stack.device.type == "cpu"
         self._changes: list[Change] = []
-        # Of what is compiled, by the names of its statistics: a table per layer.
-        self._sums: defaultdict[tuple[str, ...], list[npt.NDArray[np.float32]]] = defaultdict(list)
+        # What is compiled reads tables of the stack, by layer.
+        self._tables: dict[int, list[npt.NDArray[Any]]] = {}
+        # By the names of its statistics: `[layers, numbers, rows, 1]`, and how many layers so far.
+        self._sums: dict[tuple[str, ...], npt.NDArray[np.float32]] = {}
+        self._asked: Counter[tuple[str, ...]] = Counter()
 
     def ask(self, layer: int, mass: Tensor) -> tuple[Tensor, Tensor]:
         """Bool `[rows, heads]`, outputs to rewrite, and factors `[rows, heads, columns]`.
@@ -132,17 +135,18 @@ class Answers:
     def _computed(self, found: Traced, layer: int, mass: Tensor) -> tuple[Tensor, Tensor]:
         rows, heads, _ = mass.shape
         touched, factors = torch.empty(rows, heads, dtype=torch.bool), torch.empty_like(mass)
-        sums = np.empty((2 + len(found.statistics), rows, 1), np.float32)
-        tables = [self._stack.heads[layer], *(t[layer] for t in self._stack.parameters.values())]
-        found.compiled(
-            mass.numpy(),
-            self._rows.arrays[2],
-            *(table.numpy() for table in tables),
-            touched.numpy(),
-            factors.numpy(),
-            *sums,
-        )
-        self._sums[found.statistics].append(sums)
+        tables, names = self._tables.get(layer), found.statistics
+        if tables is None:
+            stack = self._stack
+            given = stack.heads[layer], *(table[layer] for table in stack.parameters.values())
+            tables = self._tables[layer] = [table.numpy() for table in given]
+        if names not in self._sums:
+            layers = len(self._stack.heads)
+            self._sums[names] = np.empty((layers, 2 + len(names), rows, 1), np.float32)
+        sums = self._sums[names][self._asked[names]]
+        self._asked[names] += 1
+        answer = touched.numpy(), factors.numpy()
+        found.compiled(mass.numpy(), self._rows.arrays[2], *tables, *answer, *sums)
         return touched, factors
 
     def _by_row(self, per_slot: Tensor) -> Tensor:
@@ -155,15 +159,15 @@ class Answers:
     def clear(self) -> None:
         """Forget what was answered."""
         self._changes.clear()
-        self._sums.clear()
+        self._asked.clear()
 
     def account(self, finite: Tensor) -> Done:
         """All layers of the step together."""
         done = account(self._changes, finite)
         sums = {**done.sums}
         rewritten, count = done.rewritten, done.count
-        for names, layers in self._sums.items():
-            touched, counted, *totals = np.array(layers).sum(0, np.float64)[..., 0]
+        for names, layers in self._asked.items():
+            touched, counted, *totals = self._sums[names][:layers].sum(0, np.float64)[..., 0]
             rewritten, count = rewritten | (touched > 0), count + counted
             for name, total in zip(names, totals, strict=True):
                 sums[name] = sums.get(name, 0.0) + total

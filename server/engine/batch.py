@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 EVERY = Rows()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Member:
     """A calibrated request in the batch.
 
@@ -39,6 +40,11 @@ class Member:
     token: int
     start: int
     stop: int
+
+    @cached_property
+    def prompt(self) -> RowMap:
+        """Its rows that are of the prompt, for what looks at them layer by layer; slot 0."""
+        return row_map([replace(self, stop=min(self.stop, self.request.prompt.length))])
 
 
 def members(

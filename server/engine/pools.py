@@ -90,6 +90,8 @@ def _within(span: Span) -> Span:
 
 
 def _ascending(keys: IntArray) -> IntArray:
+    if keys.shape == (0,):
+        return NO_KEYS
     if keys.ndim != 1 or (len(keys) and (keys[0] < 0 or (np.diff(keys) <= 0).any())):
         raise ValueError("keys of a pool are not distinct positions in ascending order")
     return keys.astype(np.int32)
@@ -130,10 +132,9 @@ def stacked(pools: Sequence[LayerPools], prompts: Sequence[int], heads: int) -> 
     chosen: list[list[int]] = []
     sets: list[tuple[tuple[Pool, ...], int]] = []
     for slot in pools:
-        for half in (slot.prompt, slot.generated):
-            first, by_head = len(sets), any(_by_head(pool) for pool in half)
-            sets += [(half, head) for head in range(heads if by_head else 1)]
-            chosen.append([first + head * by_head for head in range(heads)])
+        first = _add_sets(sets, slot.prompt, heads)
+        same = slot.generated is slot.prompt
+        chosen += [first, first if same else _add_sets(sets, slot.generated, heads)]
     return PoolTable(
         pool_map([[_keys(pool, head) for pool in half] for half, head in sets]),
         torch.tensor([[_span(pool) for pool in half] for half, _ in sets], dtype=torch.int32),
@@ -142,6 +143,15 @@ def stacked(pools: Sequence[LayerPools], prompts: Sequence[int], heads: int) -> 
         torch.tensor(prompts, dtype=torch.int32),
         _all_weights(sets) if any(slot.weighted for slot in pools) else None,
     )
+
+
+def _add_sets(
+    sets: list[tuple[tuple[Pool, ...], int]], half: tuple[Pool, ...], heads: int
+) -> list[int]:
+    """Add what the heads of a slot choose from; which is whose."""
+    first, by_head = len(sets), any(_by_head(pool) for pool in half)
+    sets += [(half, head) for head in range(heads if by_head else 1)]
+    return [first + head * by_head for head in range(heads)]
 
 
 def _by_head(pool: Pool) -> bool:

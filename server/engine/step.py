@@ -44,6 +44,7 @@ class MethodStep:
         self._stack = stack
         self._taps = StepTaps(batch, programs, stack, gather)
         self._rows = row_map(batch, programs)
+        self._any = len(self._rows.token) > 0
         complete = _complete(batch, self._rows)
         self._rewrite = rewrite(self.calibrator, stack, self._rows, complete, gather)
         self._computed: dict[frozenset[int], frozenset[int]] = {}
@@ -74,7 +75,7 @@ class MethodStep:
         """Rewrite this method's rows of the stock `output` `[tokens, heads, head_dim]`."""
         started = time.perf_counter()
         self._taps.resolve(layer, View(query, output, cache, geometry))
-        if layer in self._stack.active and len(self._rows.token):
+        if self._any and layer in self._stack.active:
             heads = self._stack.heads[layer]
             attention = kernels.attention(query, cache, self._rows, heads, geometry, stock)
             self._rewrite.apply(layer, attention, output)

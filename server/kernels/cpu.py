@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numba
@@ -157,8 +157,9 @@ class Attention:
         Rows that share their keys are divided in one pass; others in two, which reads few values.
         """
         table = self._of_heads(pools)
-        fits = 4 * math.prod(self._kept_shape()) <= MOST_KEPT and self._map.single
-        return self.kept(table) if fits and table.pools else self.divided(table)
+        if table.pools and self._map.single and 4 * math.prod(self._kept_shape) <= MOST_KEPT:
+            return self.kept(table)
+        return self.divided(table)
 
     def divided(self, pools: PoolMap | PoolTable) -> Partials:
         """Masses and value sums, whatever the rows."""
@@ -172,7 +173,7 @@ class Attention:
         """Masses, and probabilities of which `combine` makes value sums; row by row."""
         table, (rows, query_heads, head_dim) = self._of_heads(pools), self._shape
         mass = torch.empty(rows, query_heads, table.columns)
-        probability = np.empty(self._kept_shape(), np.float32)
+        probability = np.empty(self._kept_shape, np.float32)
         _run(
             cpu_masses.serial,
             cpu_masses.parallel,
@@ -187,6 +188,7 @@ class Attention:
     def _of_heads(self, pools: PoolMap | PoolTable) -> PoolTable:
         return PoolTable.of(pools, self._shape[1]) if isinstance(pools, PoolMap) else pools
 
+    @cached_property
     def _kept_shape(self) -> tuple[int, ...]:
         """`[rows, kv_heads, pages, group, block]`, pages as many as the longest row sees."""
         rows, query_heads, _ = self._shape
@@ -306,11 +308,18 @@ def warm_up(dtype: torch.dtype, query_heads: int, kv_heads: int, head_dim: int, 
 def set_threads(count: int) -> None:
     """Use as many threads as the rest of the engine does."""
     numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
+    _threads.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _threads() -> int:
+    """numba's own answer takes longer than it should between two kernels."""
+    return int(numba.get_num_threads())
 
 
 def _run(serial: Callable[..., None], parallel: Callable[..., None], *args: object) -> None:
     """One thread goes without the scheduler of threads, which takes longer than a small batch."""
-    threads = numba.get_num_threads()
+    threads = _threads()
     if threads == 1:
         serial(0, 1, *args)
     else:

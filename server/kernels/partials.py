@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -185,6 +185,7 @@ class PoolTable:
         )
 
     @classmethod
+    @cache
     def none(cls, slots: int, query_heads: int) -> PoolTable:
         """No pools."""
         nothing = torch.zeros(slots, 1, dtype=torch.int32)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
-
-from server.engine.batch import row_map
 
 if TYPE_CHECKING:
     from calibrators.interface import ColumnMeans, FloatArray
@@ -34,8 +31,7 @@ class ColumnTap:
 
     def take(self, member: Member, view: View) -> None:
         """All columns, in a pass of their own over the keys."""
-        rows = row_map([replace(member, stop=self._length)])
-        self._means = view.attention(rows, self._heads).column_means().cpu().numpy()
+        self._means = view.attention(member.prompt, self._heads).column_means().cpu().numpy()
 
     def value(self) -> FloatArray | None:
         """`[query_heads, P]`."""
