@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from server.engine.stack import Stack
 from server.kernels import dispatch as kernels
 from server.kernels.partials import Changes, Partials, PoolMap, RowMap
 
+Reading: TypeAlias = Callable[[], kernels.Attention]
+"""Gets the layer's attention ready to be read, which costs something."""
+
 
 class Rewrite(Protocol):
     """Rewrites rows layer by layer."""
@@ -28,7 +31,7 @@ class Rewrite(Protocol):
         """Slots for whose rows `apply` needs no stock output."""
         ...
 
-    def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
+    def apply(self, layer: int, attention: Reading, output: Tensor) -> None:
         """Rewrite the rows of `output` `[tokens, heads, head_dim]` in place."""
         ...
 
@@ -104,14 +107,14 @@ class Rescaling:
         """Slots that the layer changes anything for."""
         return frozenset() if self._changed is None else self._changed[layer] & self._complete
 
-    def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
+    def apply(self, layer: int, attention: Reading, output: Tensor) -> None:
         """Rewrite one layer."""
         slots = self.computed(layer)
         if slots not in self._computed:
             table = torch.zeros(self._slots, dtype=torch.bool)
             table[list(slots)] = True
             self._computed[slots] = table.to(self._device)
-        attention.rescale(
+        attention().rescale(
             output, self._pools[layer], self._factors[layer], self._computed[slots], self._changes
         )
 
@@ -148,9 +151,9 @@ class Recombining:
         """None: the stock output is what is corrected."""
         return frozenset()
 
-    def apply(self, layer: int, attention: kernels.Attention, output: Tensor) -> None:
+    def apply(self, layer: int, attention: Reading, output: Tensor) -> None:
         """Rewrite one layer; a calibrator that raises fails its requests alone."""
-        partials = attention.pool_partials(self._stack.table(layer))
+        partials = attention().pool_partials(self._stack.table(layer))
         mass = partials.mass if self._gather is None else self._gather(partials.mass)
         answer = attempt(self._calibrator.name, partial(self._answers.ask, layer, mass))
         if answer is None:
@@ -180,6 +183,7 @@ class Scaling:
     _finite: Tensor = field(init=False)
     _changes: list[Change] = field(init=False, default_factory=list)
     _known: Done | None = field(init=False, default=None)
+    _whole: Partials | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._slot = self.rows.slot.long().to(self.stack.device)
@@ -193,7 +197,7 @@ class Scaling:
     def apply(
         self,
         layer: int,
-        attention: kernels.Attention,  # noqa: ARG002 - no key is read
+        attention: Reading,  # noqa: ARG002 - no key is read
         output: Tensor,
     ) -> None:
         """Rewrite one layer; a calibrator that raises fails its requests alone."""
@@ -207,8 +211,9 @@ class Scaling:
         touched, factors = change.touched, change.factors
         if not self._direct:
             touched, factors = touched[self._slot], factors[self._slot]
-        whole = Partials.whole(output, len(self._slot))
-        self._finite &= kernels.combine(output, self.rows, touched, whole, factors)
+        if self._whole is None:
+            self._whole = Partials.whole(output, len(self._slot))
+        self._finite &= kernels.combine(output, self.rows, touched, self._whole, factors)
         self._changes.append(change)
 
     def _change(self, layer: int) -> Change:

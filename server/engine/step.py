@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,8 +78,8 @@ class MethodStep:
         self._taps.resolve(layer, View(query, output, cache, geometry))
         if self._any and layer in self._stack.active:
             heads = self._stack.heads[layer]
-            attention = kernels.attention(query, cache, self._rows, heads, geometry, stock)
-            self._rewrite.apply(layer, attention, output)
+            given = query, cache, self._rows, heads, geometry, stock
+            self._rewrite.apply(layer, partial(kernels.attention, *given), output)
         self.seconds += time.perf_counter() - started
 
     def advance(self, starts: npt.NDArray[Any]) -> None:
