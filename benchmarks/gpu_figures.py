@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -134,7 +135,7 @@ def layer_of(method: str, step: Step, given: Inputs, known: torch.Tensor) -> Cal
 
     def layer() -> None:
         fields = given.query, given.cache, given.rows, given.heads, given.geometry
-        act.apply(0, gpu.Attention(*fields, known), given.output)
+        act.apply(0, partial(gpu.Attention, *fields, known), given.output)
 
     return layer
 

@@ -7,7 +7,6 @@ operations takes several times as long as the attention kernels of a small batch
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -110,9 +109,8 @@ class Answers:
         self._changes: list[Change] = []
         # What is compiled reads tables of the stack, by layer.
         self._tables: dict[int, list[npt.NDArray[Any]]] = {}
-        # By the names of its statistics: `[layers, numbers, rows, 1]`, and how many layers so far.
+        # By the names of its statistics: `[layers, numbers, rows, 1]`.
         self._sums: dict[tuple[str, ...], npt.NDArray[np.float32]] = {}
-        self._asked: Counter[tuple[str, ...]] = Counter()
 
     def ask(self, layer: int, mass: Tensor) -> tuple[Tensor, Tensor]:
         """Bool `[rows, heads]`, outputs to rewrite, and factors `[rows, heads, columns]`.
@@ -142,11 +140,9 @@ class Answers:
             tables = self._tables[layer] = [table.numpy() for table in given]
         if names not in self._sums:
             layers = len(self._stack.heads)
-            self._sums[names] = np.empty((layers, 2 + len(names), rows, 1), np.float32)
-        sums = self._sums[names][self._asked[names]]
-        self._asked[names] += 1
-        answer = touched.numpy(), factors.numpy()
-        found.compiled(mass.numpy(), self._rows.arrays[2], *tables, *answer, *sums)
+            self._sums[names] = np.zeros((layers, 2 + len(names), rows, 1), np.float32)
+        answer = touched.numpy(), factors.numpy(), *self._sums[names][layer]
+        found.compiled(mass.numpy(), self._rows.arrays[2], *tables, *answer)
         return touched, factors
 
     def _by_row(self, per_slot: Tensor) -> Tensor:
@@ -159,15 +155,16 @@ class Answers:
     def clear(self) -> None:
         """Forget what was answered."""
         self._changes.clear()
-        self._asked.clear()
+        for sums in self._sums.values():
+            sums.fill(0)
 
     def account(self, finite: Tensor) -> Done:
         """All layers of the step together."""
         done = account(self._changes, finite)
         sums = {**done.sums}
         rewritten, count = done.rewritten, done.count
-        for names, layers in self._asked.items():
-            touched, counted, *totals = self._sums[names][:layers].sum(0, np.float64)[..., 0]
+        for names, layers in self._sums.items():
+            touched, counted, *totals = layers.sum(0, np.float64)[..., 0]
             rewritten, count = rewritten | (touched > 0), count + counted
             for name, total in zip(names, totals, strict=True):
                 sums[name] = sums.get(name, 0.0) + total
