@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 EVERY = Rows()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A calibrated request in the batch.
 
@@ -40,11 +39,6 @@ class Member:
     token: int
     start: int
     stop: int
-
-    @cached_property
-    def prompt(self) -> RowMap:
-        """Its rows that are of the prompt, for what looks at them layer by layer; slot 0."""
-        return row_map([replace(self, stop=min(self.stop, self.request.prompt.length))])
 
 
 def members(

@@ -84,9 +84,7 @@ class MethodStep:
 
     def advance(self, starts: npt.NDArray[Any]) -> None:
         """Become the same step one token later; `starts` `[requests]` are rows of the query."""
-        token, request, _, position, _ = self._rows.arrays
-        token[:] = starts[request]
-        position += 1
+        self._rows.move_on(starts)
         self.seconds = 0.0
         self._rewrite.restart()
 

@@ -112,10 +112,17 @@ class RowMap:
         """Whether every tile is one row, as where all generate."""
         return len(self.tiles) == len(self.token) + 1
 
-    @property
+    @cached_property
     def last(self) -> int:
-        """The highest position; rows of a run move on."""
+        """The highest position."""
         return int(self.arrays[3].max())
+
+    def move_on(self, starts: Array) -> None:
+        """Become the same rows one token later; a request's tokens start at `starts[request]`."""
+        token, request, _, position, _ = self.arrays
+        token[:] = starts[request]
+        position += 1
+        self.__dict__.pop("last", None)
 
     @cached_property
     def arrays(self) -> tuple[Array, ...]:
@@ -137,7 +144,7 @@ class PoolMap:
     keys: Tensor
     offsets: Tensor
 
-    @property
+    @cached_property
     def pools(self) -> int:
         """Number of pools of every slot."""
         return self.offsets.shape[1] - 1
@@ -191,12 +198,12 @@ class PoolTable:
         nothing = torch.zeros(slots, 1, dtype=torch.int32)
         return cls.of(PoolMap(torch.empty(0, dtype=torch.int32), nothing), query_heads)
 
-    @property
+    @cached_property
     def pools(self) -> int:
         """Number of pools of every set."""
         return self.listed.pools
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Number of columns of `Partials`."""
         return self.pools * (1 if self.weights is None else 2) + 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from server.engine.batch import rows_at
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from calibrators.interface import FloatArray, ProbabilityBlock
     from server.engine.batch import Member
     from server.engine.taps.tap import View
@@ -44,8 +46,13 @@ class BlockTap:
         first, last = np.searchsorted(self._rows, (start, stop))
         return bool(first < last)
 
-    def take(self, member: Member, view: View) -> None:
+    @classmethod
+    def take(cls, due: Sequence[tuple[Member, Self]], view: View) -> None:
         """Add the rows of a step to those before."""
+        for member, tap in due:
+            tap._add(member, view)
+
+    def _add(self, member: Member, view: View) -> None:
         first, last = np.searchsorted(self._rows, (member.start, member.stop))
         if first == 0:
             self._block, self._taken = np.empty(self._shape, np.float32), 0

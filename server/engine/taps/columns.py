@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Self
+
+from server.engine.batch import row_map
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from calibrators.interface import ColumnMeans, FloatArray
     from server.engine.batch import Member
     from server.engine.taps.tap import View
@@ -29,9 +34,15 @@ class ColumnTap:
         """Where the whole prompt is in the step."""
         return start == 0 and stop == self._length
 
-    def take(self, member: Member, view: View) -> None:
-        """All columns, in a pass of their own over the keys."""
-        self._means = view.attention(member.prompt, self._heads).column_means().cpu().numpy()
+    @classmethod
+    def take(cls, due: Sequence[tuple[Member, Self]], view: View) -> None:
+        """All columns of all prompts, in a pass of their own over the keys."""
+        rows = row_map([replace(member, stop=tap._length) for member, tap in due])
+        attention = view.attention(rows, [tap._heads for _, tap in due])
+        means, begin = attention.column_means().cpu().numpy(), 0
+        for _, tap in due:
+            tap._means = means[:, begin : begin + tap._length]
+            begin += tap._length
 
     def value(self) -> FloatArray | None:
         """`[query_heads, P]`."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from calibrators.interface import FloatArray, HeadOutputs
     from server.engine.batch import Member
     from server.engine.taps.tap import View
@@ -26,10 +28,13 @@ class HeadTap:
         """Where the row is among those of the step."""
         return start <= self._last < stop
 
-    def take(self, member: Member, view: View) -> None:
-        """Copy the row: its heads may be scaled next."""
-        row = view.output[member.token + self._last - member.start]
-        self._outputs = row.float().cpu().clone().numpy()
+    @classmethod
+    def take(cls, due: Sequence[tuple[Member, Self]], view: View) -> None:
+        """Copy the rows: their heads may be scaled next."""
+        rows = [member.token + tap._last - member.start for member, tap in due]
+        outputs = view.output[rows].float().cpu().numpy()
+        for (_, tap), own in zip(due, outputs, strict=True):
+            tap._outputs = own
 
     def value(self) -> FloatArray | None:
         """`[query_heads, head_dim]`."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from calibrators.interface import FloatArray, ResidualPeaks
@@ -66,8 +68,13 @@ class PeakTap:
             stream = stream + residual[rows].float()
         self._entered = peaks(stream, self._channels.to(stream.device)).cpu().numpy()
 
-    def take(self, member: Member, view: View) -> None:
+    @classmethod
+    def take(cls, due: Sequence[tuple[Member, Self]], view: View) -> None:
         """Put them beside their keys and values, where others may find them in this very step."""
+        for member, tap in due:
+            tap._put(member, view)
+
+    def _put(self, member: Member, view: View) -> None:
         if self._entered is None:
             return
         pages, block = view.cache.extent(view.query.shape[2])

@@ -48,14 +48,17 @@ class StepTaps:
         self._due: dict[int, list[tuple[int, Tap]]] = {}
         self._ready: dict[int, list[int]] = {}
         self._observed: dict[int, dict[Observation, FloatArray]] = {}
+        resolved: set[int] = set()
         for slot, (member, program) in enumerate(zip(batch, programs, strict=True)):
             length = program.prompt.length
             if not program.taps or member.start >= length or program.abandoned:
                 continue
             if _cut_as_asked(program.prefill, member, length):
-                self._watch(slot, member.start, min(member.stop, length))
+                resolved |= self._watch(slot, member.start, min(member.stop, length))
             else:
                 self._fail(slot)
+        for layer in resolved:
+            self._stack.renew(layer)
 
     def followed(self) -> set[int]:
         """Layers into which the residual stream has to be followed."""
@@ -77,8 +80,11 @@ class StepTaps:
         due = self._alive(layer)
         # A block may be in the prefix cache already that a neighbour computes in this step: all
         # have to put down what they know before anybody reads.
+        kinds: dict[type[Tap], list[tuple[Member, Tap]]] = {}
         for slot, tap in due:
-            tap.take(self._batch[slot], view)
+            kinds.setdefault(type(tap), []).append((self._batch[slot], tap))
+        for kind, pairs in kinds.items():
+            kind.take(pairs, view)
         slots = [s for s in self._ready.get(layer, ()) if not self._programs[s].abandoned]
         made = []
         for slot in slots:
@@ -92,25 +98,26 @@ class StepTaps:
         due = self._due.get(layer, ())
         return [(slot, tap) for slot, tap in due if not self._programs[slot].abandoned]
 
-    def _watch(self, slot: int, start: int, stop: int) -> None:
-        """Find what to measure in a stretch of a prompt, and which layers that settles."""
+    def _watch(self, slot: int, start: int, stop: int) -> frozenset[int]:
+        """Find what to measure in a stretch of a prompt; layers resolved by what was before."""
         program = self._programs[slot]
         for tap in program.taps:
             if tap.due(start, stop):
                 self._due.setdefault(tap.layer, []).append((slot, tap))
         late = [tap for tap in program.taps if not tap.local]
         if late and stop < program.prompt.length:
-            return
+            return frozenset()
         local = [tap for tap in program.taps if tap.local]
         missing = {tap.layer for tap in local if not tap.due(start, stop)}
         for layer in {tap.layer for tap in local} - missing:
             self._ready.setdefault(layer, []).append(slot)
-        if late:
-            layers = sorted(program.observed - {tap.layer for tap in local})
-            seen = self._observe(slot, late)
-            self._settle([slot], [seen and all(self._resolve(slot, layer) for layer in layers)])
-            for layer in layers:
-                self._stack.renew(layer)
+        if not late:
+            return frozenset()
+        layers = program.observed - {tap.layer for tap in local}
+        seen = self._observe(slot, late)
+        made = seen and all(self._resolve(slot, layer) for layer in sorted(layers))
+        self._settle([slot], [made])
+        return layers
 
     def _observe(self, slot: int, taps: Sequence[Tap]) -> bool:
         """Take up what taps have measured; whether it is all there and finite."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 
 from server.kernels import dispatch as kernels
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from calibrators.interface import FloatArray, Observation
@@ -33,10 +35,13 @@ class View:
     cache: PagedCache | StridedCache
     geometry: AttentionGeometry
 
-    def attention(self, rows: RowMap, chosen: list[int] | None = None) -> kernels.Attention:
-        """Unmodified attention of some rows of one request, on the chosen heads or all."""
-        heads = torch.zeros(1, self.query.shape[1], dtype=torch.bool)
-        heads[:, slice(None) if chosen is None else chosen] = True
+    def attention(
+        self, rows: RowMap, chosen: Sequence[Sequence[int] | slice] = (slice(None),)
+    ) -> kernels.Attention:
+        """Unmodified attention of some rows; on the chosen heads, by slot, or all of one slot."""
+        heads = torch.zeros(len(chosen), self.query.shape[1], dtype=torch.bool)
+        for slot, own in enumerate(chosen):
+            heads[slot, own] = True
         return kernels.attention(self.query, self.cache, rows, heads, self.geometry)
 
 
@@ -63,8 +68,9 @@ class Tap(Protocol):
         """Whether there is something to measure in prompt rows `start <= i < stop`."""
         ...
 
-    def take(self, member: Member, view: View) -> None:
-        """Measure what is due in a step."""
+    @classmethod
+    def take(cls, due: Sequence[tuple[Member, Self]], view: View) -> None:
+        """Measure what is due in a step, for all its requests."""
         ...
 
     def value(self) -> FloatArray | None:

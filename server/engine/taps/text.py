@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from calibrators.interface import FloatArray, HeadOutputs
     from server.engine.batch import Member
     from server.engine.taps.tap import View
@@ -29,7 +31,8 @@ class TextTap:
         """Where the row is among those of the step."""
         return start <= self._last < stop
 
-    def take(self, member: Member, view: View) -> None:
+    @classmethod
+    def take(cls, due: Sequence[tuple[Member, Self]], view: View) -> None:
         """There is nothing to measure."""
 
     def value(self) -> FloatArray | None:

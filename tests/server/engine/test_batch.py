@@ -112,5 +112,7 @@ def test_types_of_the_row_map():
 def test_what_is_known_of_rows_moves_on_with_them(add):
     rows = row_map([Member(add("a", 20), 0, 0, 20, 21), Member(add("b", 9), 1, 1, 12, 13)])
     assert rows.last == 20
-    rows.arrays[3][:] += 1
+    rows.move_on(np.array([2, 0]))
     assert rows.last == 21
+    assert rows.token.tolist() == [2, 0]
+    assert rows.position.tolist() == [21, 13]

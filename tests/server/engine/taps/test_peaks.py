@@ -248,7 +248,7 @@ def test_positions_that_a_window_hides_from_all_rows_read_zero(window, hidden):
     for start, stop in ((0, 40), (40, 50)):
         member = Member(None, 0, 0, start, stop)
         tap.enter(member, stream[start:stop], None)
-        tap.take(member, view)
+        PeakTap.take([(member, tap)], view)
         found = tap.value()
     expected = reference.residual_peaks(stream, torch.tensor([2])).numpy()
     assert found.shape == (60,) and not found[50:].any() and not found[:hidden].any()
