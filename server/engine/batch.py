@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,6 +82,11 @@ def row_map(batch: Sequence[Member], programs: Sequence[Program] | None = None) 
     if keep is not None:
         slot, position, token = slot[keep], position[keep], token[keep]
     return _mapped(token, request[slot], slot, position)
+
+
+def prompt_rows(batch: Sequence[Member]) -> RowMap:
+    """The rows of prompts."""
+    return row_map([replace(m, stop=min(m.stop, m.request.prompt.length)) for m in batch])
 
 
 def rows_at(member: Member, positions: IntArray) -> RowMap:

@@ -75,7 +75,7 @@ class MethodStep:
     ) -> None:
         """Rewrite this method's rows of the stock `output` `[tokens, heads, head_dim]`."""
         started = time.perf_counter()
-        self._taps.resolve(layer, View(query, output, cache, geometry))
+        self._taps.resolve(layer, View(query, output, cache, geometry, self._taps.prompts))
         if self._any and layer in self._stack.active:
             heads = self._stack.heads[layer]
             given = query, cache, self._rows, heads, geometry, stock

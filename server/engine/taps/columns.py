@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Self
-
-from server.engine.batch import row_map
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +34,7 @@ class ColumnTap:
     @classmethod
     def take(cls, due: Sequence[tuple[Member, Self]], view: View) -> None:
         """All columns of all prompts, in a pass of their own over the keys."""
-        rows = row_map([replace(member, stop=tap._length) for member, tap in due])
+        rows = view.prompts([member for member, _ in due])
         attention = view.attention(rows, [tap._heads for _, tap in due])
         means, begin = attention.column_means().cpu().numpy(), 0
         for _, tap in due:

@@ -12,6 +12,7 @@ import torch
 
 from calibrators.interface import Prefill
 from server.engine.agreement import agreed
+from server.engine.batch import prompt_rows
 from server.engine.guard import attempt
 from server.engine.taps.peaks import PeakTap
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from server.engine.ranks import Gather
     from server.engine.stack import Stack
     from server.engine.taps.tap import Tap, View
+    from server.kernels.partials import RowMap
 
 
 class StepTaps:
@@ -48,6 +50,7 @@ class StepTaps:
         self._due: dict[int, list[tuple[int, Tap]]] = {}
         self._ready: dict[int, list[int]] = {}
         self._observed: dict[int, dict[Observation, FloatArray]] = {}
+        self._prompts: dict[tuple[int, ...], RowMap] = {}
         resolved: set[int] = set()
         for slot, (member, program) in enumerate(zip(batch, programs, strict=True)):
             length = program.prompt.length
@@ -93,6 +96,13 @@ class StepTaps:
         if slots:
             self._settle(slots, made)
             self._stack.renew(layer)
+
+    def prompts(self, members: Sequence[Member]) -> RowMap:
+        """The rows of prompts, mapped once."""
+        key = tuple(member.row for member in members)
+        if key not in self._prompts:
+            self._prompts[key] = prompt_rows(members)
+        return self._prompts[key]
 
     def _alive(self, layer: int) -> list[tuple[int, Tap]]:
         due = self._due.get(layer, ())

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 
+from server.engine.batch import prompt_rows
 from server.kernels import dispatch as kernels
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -28,12 +29,14 @@ class View:
         output: of the same shape, as the methods before have left it.
         cache: the layer's pages, this step's keys and values among them.
         geometry: how logits are formed.
+        prompts: maps rows of prompts; those of a step are the same in every layer.
     """
 
     query: Tensor
     output: Tensor
     cache: PagedCache | StridedCache
     geometry: AttentionGeometry
+    prompts: Callable[[Sequence[Member]], RowMap] = prompt_rows
 
     def attention(
         self, rows: RowMap, chosen: Sequence[Sequence[int] | slice] = (slice(None),)
