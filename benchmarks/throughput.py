@@ -41,7 +41,7 @@ SCENARIOS: Mapping[str, Shape] = {
 }
 IMAGE_TOKENS = 75  # of a picture and its question
 IMAGES: Mapping[str, Shape] = {
-    "images-decode": Shape(16, IMAGE_TOKENS, 64),
+    "images-decode": Shape(16, IMAGE_TOKENS, 256),
     "images-first-token": Shape(8, IMAGE_TOKENS, 1),
 }
 STOCK_SHAPE = SCENARIOS["decode-200"]

@@ -18,7 +18,7 @@ from server.engine.guard import attempt
 from server.engine.ranks import Gather
 from server.engine.stack import Stack
 from server.kernels import dispatch as kernels
-from server.kernels.partials import Changes, Partials, PoolMap, RowMap
+from server.kernels.partials import NO_ROWS, Changes, Partials, PoolMap, RowMap
 
 Reading: TypeAlias = Callable[[], kernels.Attention]
 """Gets the layer's attention ready to be read, which costs something."""
@@ -146,10 +146,17 @@ class Recombining:
         self._calibrator, self._stack, self._rows, self._gather = calibrator, stack, rows, gather
         self._answers = Answers(calibrator, stack, rows, gather)
         self._finite = torch.ones(len(rows.token), dtype=torch.bool, device=stack.device)
+        self._moved = False
+        # By layer, bool `[rows]` and their slots.
+        self._computed: dict[int, tuple[Tensor, frozenset[int]]] = {}
 
-    def computed(self, layer: int) -> frozenset[int]:  # noqa: ARG002 - the same in all layers
-        """None: the stock output is what is corrected."""
-        return frozenset()
+    def computed(self, layer: int) -> frozenset[int]:
+        """Slots that generate, and of which this step's like has measured and changed all heads.
+
+        What reads all keys makes outputs as quickly as it corrects them. But what changes nothing
+        has to leave every bit alone, and that is not known before a calibrator is asked.
+        """
+        return self._computed[layer][1] if layer in self._computed else frozenset()
 
     def apply(self, layer: int, attention: Reading, output: Tensor) -> None:
         """Rewrite one layer; a calibrator that raises fails its requests alone."""
@@ -158,8 +165,24 @@ class Recombining:
         answer = attempt(self._calibrator.name, partial(self._answers.ask, layer, mass))
         if answer is None:
             self._finite[:] = False
-            return
-        self._finite &= kernels.combine(output, self._rows, answer[0], partials, answer[1])
+            answer = torch.zeros(mass.shape[:2], dtype=torch.bool, device=mass.device), mass
+        computed = self._computed[layer][0] if layer in self._computed else NO_ROWS
+        self._finite &= kernels.combine(
+            output, self._rows, answer[0], partials, answer[1], computed
+        )
+        if self._moved and layer not in self._computed:
+            self._computed[layer] = self._computable(layer, partials.pools, *answer)
+
+    def _computable(
+        self, layer: int, pools: int, touched: Tensor, factors: Tensor
+    ) -> tuple[Tensor, frozenset[int]]:
+        """Rows that are changed, and of which every head is selected; and their slots."""
+        neutral = torch.ones(factors.shape[2])
+        neutral[pools:-1] = 0
+        changed = (touched & (factors != neutral).any(2)).any(1)
+        slot = self._rows.slot.long()
+        rows = changed & self._stack.heads[layer][slot].all(1)
+        return rows, frozenset(slot[rows].tolist())
 
     def done(self) -> Done:
         """Add up the layers."""
@@ -167,6 +190,7 @@ class Recombining:
 
     def restart(self) -> None:
         """Count from nothing."""
+        self._moved = True
         self._finite[:] = True
         self._answers.clear()
 

@@ -32,6 +32,7 @@ from server.kernels import (
 )
 from server.kernels.cpu_product import PAIRS
 from server.kernels.partials import (
+    NO_ROWS,
     Array,
     AttentionGeometry,
     Changes,
@@ -246,6 +247,7 @@ def combine(
     heads: Tensor,
     partials: Partials,
     factors: Tensor,
+    computed: Tensor = NO_ROWS,
 ) -> Tensor:
     """Rewrite rows in place, in float32: `O' = sum_g c_g U_g + sum_g d_g W_g + c_rest R`.
 
@@ -258,6 +260,8 @@ def combine(
             are neutral, `c_g = c_rest = 1` and `d_g = 0`.
         partials: of the same rows.
         factors: float32 `[rows, query_heads, columns]`, by column `c_g`, `d_g` and `c_rest`.
+        computed: bool `[rows]`, where `output` holds nothing yet and all heads were measured, which
+            are all written; empty for none. Where a result is not finite they are zero.
     """
     finite = torch.ones(len(rows.token), dtype=torch.bool)
     if isinstance(partials, Kept):
@@ -269,6 +273,7 @@ def combine(
             partials.probability,
             heads.numpy(),
             factors.numpy(),
+            computed.numpy(),
             finite.numpy(),
         )
         return finite
@@ -281,6 +286,7 @@ def combine(
         partials.value.numpy(),
         factors.numpy(),
         partials.pools,
+        computed.numpy(),
         finite.numpy(),
     )
     return finite

@@ -75,38 +75,47 @@ def neutral(factors, pools):
 
 
 @njit(fastmath=FASTMATH, error_model="numpy", cache=True)
-def combine_serial(task, tasks, output, token, heads, value, factors, pools, finite):
+def combine_serial(task, tasks, output, token, heads, value, factors, pools, computed, finite):
     """Every `tasks`-th row from `task` on; see `combine_parallel`."""
     x = np.empty(output.shape[2], np.float32)
-    _combine_rows(task, tasks, output, token, heads, value, factors, pools, finite, x)
+    of = token, heads, value, factors, pools, computed
+    _combine_rows(task, tasks, of, output, finite, x)
 
 
 @njit(**INNER)
-def _combine_rows(task, tasks, output, token, heads, value, factors, pools, finite, x):
+def _combine_rows(task, tasks, of, output, finite, x):
+    token, heads, value, factors, pools, computed = of
     for r in range(task, token.shape[0], tasks):
+        whole = computed.shape[0] > 0 and computed[r]
         for h in range(output.shape[1]):
-            if not heads[r, h] or neutral(factors[r, h], pools):
+            changes = heads[r, h] and not neutral(factors[r, h], pools)
+            if not changes and not whole:
                 continue
-            row = output[token[r], h]
+            row, columns = output[token[r], h], value.shape[2]
             for d in range(row.shape[0]):
-                x[d] = np.float32(0) if value.shape[2] else factors[r, h, 0] * widen(row[d])
-            for column in range(value.shape[2]):
+                x[d] = np.float32(0) if columns else factors[r, h, 0] * widen(row[d])
+            for column in range(columns):
+                plain = np.float32(0 if pools <= column < columns - 1 else 1)
+                factor = factors[r, h, column] if changes else plain
                 for d in range(row.shape[0]):
-                    x[d] += factors[r, h, column] * value[r, h, column, d]
-            if all_finite(x):
-                store(row, x)
-            else:
+                    x[d] += factor * value[r, h, column, d]
+            if not all_finite(x):
                 finite[r] = False
+                if not whole:
+                    continue
+                x[:] = 0
+            store(row, x)
 
 
 @njit(parallel=True, cache=True)
-def combine_parallel(threads, output, token, heads, value, factors, pools, finite):
+def combine_parallel(threads, output, token, heads, value, factors, pools, computed, finite):
     """Sum the columns of the selected heads into `output`; without any, scale what is there.
 
     Columns from `pools` up to the last are weighted. Where the factors change nothing `output`
-    keeps every bit: the sum would be rounded otherwise. A result that is not finite is not written,
-    and clears the row's flag in `finite`.
+    keeps every bit: the sum would be rounded otherwise. Rows in bool `computed` `[rows]`, or empty,
+    have no stock output: all heads are written. A result that is not finite is not written, there
+    zero is, and clears the row's flag in `finite`.
     """
     for thread in prange(threads):
-        given = token, heads, value, factors, pools, finite
+        given = token, heads, value, factors, pools, computed, finite
         combine_serial(np.int64(thread), threads, output, *given)

@@ -24,11 +24,12 @@ KEPT = np.float32(0.5)
 
 
 @njit(inline="always")
-def _changed(touched, factors, chosen, pools, live):
-    """Fill `live` with the places in `chosen` of heads that change; how many there are."""
+def _written(all_of_them, touched, factors, chosen, pools, live):
+    """Fill `live` with the places in `chosen` of heads to write; how many there are."""
     count = 0
     for c in range(chosen.shape[0]):
-        if touched[chosen[c]] and not neutral(factors[chosen[c]], pools):
+        changes = touched[chosen[c]] and not neutral(factors[chosen[c]], pools)
+        if all_of_them or changes:
             live[count] = c
             count += 1
     return count
@@ -146,6 +147,7 @@ def serial(
     kept,
     touched,
     factors,
+    computed,
     finite,
 ):
     """Every `tasks`-th pair of a row and a KV head from `task` on; see `parallel`."""
@@ -157,13 +159,13 @@ def serial(
         np.empty((most, group, block), np.float32),
         np.empty((group, output.shape[2]), np.float32),
     )
-    of = rows, pools, heads, window, touched, factors
+    of = rows, pools, heads, window, touched, factors, computed
     _combine_rows(task, tasks, of, pages, block_table, given, kept, output, finite)
 
 
 @njit(**INNER)
 def _combine_rows(task, tasks, of, pages, block_table, given, kept, output, finite):
-    rows, pools, heads, window, touched, factors = of
+    rows, pools, heads, window, touched, factors, computed = of
     token, request, slot, position = rows[:4]
     _, offsets, _, spans, above, sets, prompts = pools
     every, places, (owners, weights, own), changed, sums = given
@@ -171,7 +173,8 @@ def _combine_rows(task, tasks, of, pages, block_table, given, kept, output, fini
     for index in range(task, position.shape[0] * kv_heads, tasks):
         r, kv, width = index // kv_heads, index % kv_heads, spans.shape[1]
         chosen = every[: chosen_heads(heads, slot[r], kv, group, every)]
-        live = places[: _changed(touched[r], factors[r], chosen, width, places)]
+        whole = computed.shape[0] > 0 and computed[r]
+        live = places[: _written(whole, touched[r], factors[r], chosen, width, places)]
         if live.shape[0] == 0:
             continue
         first = first_page(position[r], window, block)
@@ -180,7 +183,8 @@ def _combine_rows(task, tasks, of, pages, block_table, given, kept, output, fini
             h = chosen[live[i]]
             n = own_set(sets, prompts, slot[r], position[r], h)
             row, found = output[token[r], h], kept[r, kv]
-            if _few(offsets, spans, n, _visible(position[r], window)) and _correct(
+            few = not whole and _few(offsets, spans, n, _visible(position[r], window))
+            if few and _correct(
                 row, found, live[i], values, pools, n, position[r], window, factors[r, h], sums[0]
             ):
                 store(row, sums[0])
@@ -201,15 +205,21 @@ def _combine_rows(task, tasks, of, pages, block_table, given, kept, output, fini
             for page in range(size):
                 p, at = kept[r, kv, page, live[i]], slice(page * block, (page + 1) * block)
                 count = length(position[r], (first + page) * block, block)
-                who = narrow(p, count, owners[at], above[n], position[r], own)
-                _weigh(p, count, who, weights[at], width, factors[r, h], changed[page, i])
+                if touched[r, h]:
+                    who = narrow(p, count, owners[at], above[n], position[r], own)
+                    _weigh(p, count, who, weights[at], width, factors[r, h], changed[page, i])
+                else:
+                    for j in range(count):
+                        changed[page, i, j] = p[j]
         place, table = (first, position[r]), block_table[request[r]]
         _add_values(changed, left, pages, table, kv, place, sums)
         for i in range(left):
-            if all_finite(sums[i]):
-                store(output[token[r], chosen[live[i]]], sums[i])
-            else:
+            if not all_finite(sums[i]):
                 finite[r] = False
+                if not whole:
+                    continue
+                sums[i] = 0
+            store(output[token[r], chosen[live[i]]], sums[i])
 
 
 @njit(parallel=True, cache=True)
@@ -225,14 +235,16 @@ def parallel(
     kept,
     touched,
     factors,
+    computed,
     finite,
 ):
     """Write what the probabilities in `kept` come to with their factors, with so many threads.
 
     In `touched` bool `[rows, query_heads]`, and there only selected heads, whose factors change
-    anything. A result that is not finite is not written, and clears the row's flag in `finite`.
-    The rest is as of `cpu_masses.parallel`.
+    anything. Rows in bool `computed` `[rows]`, or empty, have no stock output, and all their
+    selected heads are written. A result that is not finite is not written, there zero is, and
+    clears the row's flag in `finite`. The rest is as of `cpu_masses.parallel`.
     """
     for thread in prange(threads):
-        given = rows, pools, heads, window, kept, touched, factors, finite
+        given = rows, pools, heads, window, kept, touched, factors, computed, finite
         serial(np.int64(thread), threads, output, pages, block_table, *given)

@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from server.kernels.partials import (
+    NO_ROWS,
     Array,
     AttentionGeometry,
     Changes,
@@ -73,13 +74,21 @@ def attention(
 
 
 def combine(
-    output: Tensor, rows: RowMap, heads: Tensor, partials: Partials, factors: Tensor
+    output: Tensor,
+    rows: RowMap,
+    heads: Tensor,
+    partials: Partials,
+    factors: Tensor,
+    computed: Tensor = NO_ROWS,
 ) -> Tensor:
-    """Rewrite rows in place from their partials; `cpu.combine` documents it."""
+    """Rewrite rows in place from their partials; `cpu.combine` documents it.
+
+    None are `computed` on an accelerator, whose stock kernel always runs.
+    """
     if output.device.type == "cpu":
         from server.kernels import cpu
 
-        return cpu.combine(output, rows, heads, partials, factors)
+        return cpu.combine(output, rows, heads, partials, factors, computed)
     from server.kernels import gpu
 
     return gpu.combine(output, rows, heads, partials, factors)

@@ -20,6 +20,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 # Prompt rows share the keys they read; more rows per tile than this no longer pay.
 TILE = 32
+NO_ROWS = torch.zeros(0, dtype=torch.bool)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from calibrators.interface import Coefficients, LayerPlan
-from server.engine import rewrites
+from server.engine import answers, rewrites
 from server.engine.context import StepContext
 from server.engine.payload import Report
 from server.engine.progress import Progress, report_of, seconds_of
-from tests.server.kernels.paging import problem
+from tests.server.kernels.paging import problem, stock
 
 LAYERS = 3
 
@@ -38,6 +38,7 @@ class Worker:
         self.context._repeats = repeats
         self.reports: dict[str, Report] = {}
         self.kinds: list[type] = []
+        self.computed: list[frozenset[int]] = []
 
     def step(self, names, lengths, spans=None, new=(), finished=(), change=None):
         """Run a step; its outputs by layer, and the tallies it reports."""
@@ -59,9 +60,12 @@ class Worker:
         case = problem(lengths, spans, seed=sum(lengths))
         outputs = []
         for layer in range(LAYERS):
-            output = torch.ones(case.query.shape)
             if change is not None:
                 change(case, layer)
+            output, computed = stock(case).float(), plan.computed(layer)
+            for row in computed:
+                output[start[row] : start[row + 1]] = float("nan")
+            self.computed.append(computed)
             plan.apply(layer, case.query, output, case.cache, case.geometry)
             outputs.append(output)
         return outputs, self.tallies(self.context.finish())
@@ -108,8 +112,9 @@ def pair(make_table, extra_args, facts, bound, scaling):
     """Two workers, of which one uses plans again, and a maker of new requests."""
     doubling = scaling.bind(scaling.Settings(), facts)
 
-    def new(name, length, plain=False, both=False):
-        arguments = extra_args(*([bound, doubling] if both else [bound]), ticket=f"t-{name}")
+    def new(name, length, plain=False, both=False, **settings):
+        bounds = [] if settings else [bound, doubling] if both else [bound]
+        arguments = extra_args(*bounds, ticket=f"t-{name}", **settings)
         return SimpleNamespace(
             req_id=name,
             sampling_params=SimpleNamespace(extra_args=None if plain else arguments),
@@ -124,7 +129,7 @@ def pair(make_table, extra_args, facts, bound, scaling):
 
 def same(pair, *args, **kwargs):
     (outputs, tallies), (expected, counted) = (w.step(*args, **kwargs) for w in pair[:2])
-    assert all(map(torch.equal, outputs, expected))
+    torch.testing.assert_close(outputs, expected)
     assert {name: len(own) for name, own in tallies.items()} == {
         name: len(own) for name, own in counted.items()
     }
@@ -180,6 +185,51 @@ def test_a_request_that_waits_or_starts_again_is_counted_once(way, pair):
     tallies = same(pair, ["b", "a"], [16, 24])
     assert tallies["a"][0][1] == 4
     assert same(pair, ["b", "a"], [17, 25])["b"][0][1] == 8
+
+
+@pytest.fixture
+def by_coefficients(monkeypatch):
+    """ZeroTuning as methods without a closed form."""
+    monkeypatch.setattr(rewrites, "_rescales", lambda method: False)
+
+
+def test_what_a_run_has_changed_it_computes(by_coefficients, pair):
+    """From the third step on: what the first two are like is not known to come again."""
+    one, other, new = pair
+    prompts = [new("a", 20, gamma=0.3), new("p", 9, plain=True)]
+    same(pair, ["a", "p"], [20, 9], [20, 9], prompts)
+    for n in range(1, 6):
+        same(pair, ["a", "p"], [20 + n, 9 + n])
+    assert set(one.computed[: 3 * LAYERS]) == {frozenset()}
+    assert set(one.computed[3 * LAYERS :]) == {frozenset([0])}
+    same(pair, ["p", "a"], [15, 26])
+    assert set(one.computed[-LAYERS:]) == {frozenset()} == set(other.computed)
+
+
+@pytest.mark.parametrize("settings", [{"gamma": 1}, {"heads": [0, 2, 3, 4, 5]}], ids=str)
+def test_what_may_keep_every_bit_is_not_computed(by_coefficients, pair, settings):
+    one, _, new = pair
+    one.step(["a"], [20], [20], [new("a", 20, **settings)])
+    for n in range(1, 6):
+        one.step(["a"], [20 + n])
+    assert set(one.computed) == {frozenset()}
+
+
+def test_a_calibrator_that_raises_leaves_plain_attention(by_coefficients, pair, monkeypatch):
+    one, _, new = pair
+    one.step(["a"], [20], [20], [new("a", 20, gamma=0.3)])
+    for n in range(1, 4):
+        one.step(["a"], [20 + n])
+
+    def raising(*_):
+        raise ValueError("in coefficients")
+
+    monkeypatch.setattr(answers.Answers, "ask", raising)
+    outputs, _ = one.step(["a"], [24])
+    assert one.computed[-1] == {0}
+    plain = stock(problem([24], [1], seed=24)).float()
+    torch.testing.assert_close(outputs, [plain] * LAYERS)
+    assert one.reports["a"].failed
 
 
 def test_plain_neighbours_may_do_what_they_like(way, pair):

@@ -307,3 +307,39 @@ def test_the_stock_output_is_corrected_only_where_little_of_it_goes(dtype, share
     size = truth.abs().amax(-1, keepdim=True)
     assert ((output.double() - truth).abs() <= 3 * torch.finfo(dtype).eps * size + 1e-6).all()
     assert (output != other).any(-1).all() if share < 0.5 else torch.equal(output, other)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_computed_rows_need_no_stock_output(way, dtype):
+    """Head 1 is left alone, and head 2 changed by nothing."""
+    case = problem([300, 40, 70], [1, 1, 1], dtype=dtype)
+    heads, gamma = torch.ones(3, 6, dtype=torch.bool), 0.3
+    plain, truth, mass = expected(case, torch.float64, gamma)
+    truth[:, 1:3], truth[2] = plain[:, 1:3], plain[2]
+    rest = 1 / (1 + (gamma - 1) * mass[..., None].float())
+    factors = torch.cat([gamma * rest, rest], -1)
+    factors[:, 1], factors[:, 2] = float("nan"), 1
+    touched = torch.tensor([1, 0, 1, 1, 1, 1]).bool().repeat(3, 1)
+    touched[2] = False
+    output = torch.full_like(plain.to(dtype), float("nan"))
+    output[1] = plain[1]
+    computed, partials = torch.tensor([True, False, True]), measured(case, heads, key_zero(3), way)
+    assert cpu.combine(output, case.rows, touched, partials, factors, computed).all()
+    assert torch.equal(output[1, 1:3], plain[1, 1:3].to(dtype))
+    size = truth.abs().amax(-1, keepdim=True)
+    assert ((output.double() - truth).abs() <= 3 * torch.finfo(dtype).eps * size + 1e-6).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_computed_row_that_is_not_finite_is_zero(way):
+    """Nobody else reads it, but it may not stay what the memory held before."""
+    case = problem([40, 50], [1, 1])
+    case.query[1, 2] = float("nan")
+    heads, halves = torch.ones(2, 6, dtype=torch.bool), torch.full((2, 6, 2), 0.5)
+    output = torch.full((2, 6, 32), float("nan"))
+    partials = measured(case, heads, key_zero(2), way)
+    finite = cpu.combine(output, case.rows, heads, partials, halves, torch.ones(2).bool())
+    assert finite.tolist() == [True, False]
+    assert output.isfinite().all()
+    assert (output == 0).all(-1).nonzero().tolist() == [[1, 2]]
