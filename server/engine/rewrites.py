@@ -170,7 +170,8 @@ class Recombining:
         self._finite &= kernels.combine(
             output, self._rows, answer[0], partials, answer[1], computed
         )
-        if self._moved and layer not in self._computed:
+        # Without pools nothing is measured but the stock output.
+        if self._moved and partials.pools and layer not in self._computed:
             self._computed[layer] = self._computable(layer, partials.pools, *answer)
 
     def _computable(

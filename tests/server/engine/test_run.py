@@ -74,7 +74,7 @@ class Worker:
         self.kinds.append(type(reports))
         if not isinstance(reports, Progress):
             self.reports = reports
-        assert seconds_of(reports)["zerotuning"] > 0
+        assert min(seconds_of(reports).values()) > 0
         names = [name for name in self.batch if report_of(name, reports, self.reports) is not None]
         assert names == [name for name in self.batch if self.context._table.get(name) is not None]
         return {
@@ -213,6 +213,32 @@ def test_what_may_keep_every_bit_is_not_computed(by_coefficients, pair, settings
     for n in range(1, 6):
         one.step(["a"], [20 + n])
     assert set(one.computed) == {frozenset()}
+
+
+def test_without_pools_nothing_is_computed(monkeypatch, scaling, facts, extra_args, make_table):
+    """A method that looks across heads goes the general way all the same."""
+    monkeypatch.setattr(type(scaling), "across_heads", True, raising=False)
+
+    def everywhere(self, bound, layer, facts, prompt, observed):
+        heads = np.ones(facts.query_heads, np.bool_)
+        return LayerPlan(heads, {"scale": np.full(facts.query_heads, 2, np.float32)})
+
+    monkeypatch.setattr(type(scaling), "resolve", everywhere)
+    arguments = extra_args(scaling.bind(scaling.Settings(), facts))
+    new = SimpleNamespace(
+        req_id="a",
+        sampling_params=SimpleNamespace(extra_args=arguments),
+        prompt_token_ids=[0] * 20,
+        prompt_embeds=None,
+        num_computed_tokens=0,
+    )
+    worker = Worker(make_table(scaling), repeats=True)
+    worker.step(["a"], [20], [20], [new])
+    for n in range(1, 5):
+        outputs, _ = worker.step(["a"], [20 + n])
+    assert set(worker.computed) == {frozenset()}
+    twice = 2 * stock(problem([24], [1], seed=24)).float()
+    torch.testing.assert_close(outputs, [twice] * LAYERS)
 
 
 def test_a_calibrator_that_raises_leaves_plain_attention(by_coefficients, pair, monkeypatch):
