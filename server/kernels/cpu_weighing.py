@@ -118,6 +118,27 @@ def _weigh(p, count, own, weights, pools, factors, changed):
 
 
 @njit(inline="always")
+def _keep(p, count, changed):
+    """Leave the probabilities of a page as they are."""
+    for j in range(count):
+        changed[j] = p[j]
+
+
+@njit(inline="always")
+def _store(sums, chosen, live, whole, row):
+    """Write heads, of a row without stock output zeros where not finite; whether all are."""
+    finite = True
+    for i in range(live.shape[0]):
+        if not all_finite(sums[i]):
+            finite = False
+            if not whole:
+                continue
+            sums[i] = 0
+        store(row[chosen[live[i]]], sums[i])
+    return finite
+
+
+@njit(inline="always")
 def _add_values(changed, width, pages, table, kv, place, sums):
     """Add up the values that a row sees; `place` is `(first page, position)`."""
     first, position = place
@@ -205,21 +226,15 @@ def _combine_rows(task, tasks, of, pages, block_table, given, kept, output, fini
             for page in range(size):
                 p, at = kept[r, kv, page, live[i]], slice(page * block, (page + 1) * block)
                 count = length(position[r], (first + page) * block, block)
-                if touched[r, h]:
-                    who = narrow(p, count, owners[at], above[n], position[r], own)
-                    _weigh(p, count, who, weights[at], width, factors[r, h], changed[page, i])
-                else:
-                    for j in range(count):
-                        changed[page, i, j] = p[j]
+                if not touched[r, h]:
+                    _keep(p, count, changed[page, i])
+                    continue
+                who = narrow(p, count, owners[at], above[n], position[r], own)
+                _weigh(p, count, who, weights[at], width, factors[r, h], changed[page, i])
         place, table = (first, position[r]), block_table[request[r]]
         _add_values(changed, left, pages, table, kv, place, sums)
-        for i in range(left):
-            if not all_finite(sums[i]):
-                finite[r] = False
-                if not whole:
-                    continue
-                sums[i] = 0
-            store(output[token[r], chosen[live[i]]], sums[i])
+        if not _store(sums, chosen, live, whole, output[token[r]]):
+            finite[r] = False
 
 
 @njit(parallel=True, cache=True)
